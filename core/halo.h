@@ -1,0 +1,495 @@
+/* halo.h: the whole public C API of Halo.
+ *
+ * This text is also what LuaJIT reads (the build removes preprocessor lines), so it holds only what
+ * ffi.cdef accepts: opaque structs, enums, plain functions; no varargs, no struct by value, no
+ * callbacks from C into Lua.
+ *
+ * Conventions
+ *   status     every function that can fail returns halo_status; HALO_OK is 0, failures are negative;
+ *              the text is in halo_error_message() of the same thread
+ *   ownership  what comes through an `out` pointer is yours to free; what a getter returns is borrowed
+ *              and lives as long as its parent; halo_x_free(NULL) is harmless
+ *   errors     on failure, outputs are untouched and inputs unchanged
+ *   shapes     B batch, N tokens of the whole sequence, T tokens held here, W ranks of the ring,
+ *              H query heads, Hk key/value heads, D head size, E model size, F feed-forward size,
+ *              V vocabulary, G block edge in tokens; dims and indices are 0-based
+ *
+ * Banners, from simple to advanced: Status, Device and memory, Random, Tensor, Ops, Autograd,
+ * Optimizer, Communication, Layout, Plan, Ring, Attention, Safetensors, Checkpoint, Data, Tokenizer,
+ * Trace.
+ */
+#ifndef HALO_H
+#define HALO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(HALO_BUILDING)
+#define HALO_API __attribute__((visibility("default")))
+#else
+#define HALO_API
+#endif
+
+/* ---- Status ------------------------------------------------------------------------------- */
+
+/* Classes of failure; tests and callers look at the class, people at the text. */
+typedef enum halo_status {
+  HALO_OK = 0,
+  HALO_EARG = -1,         /* an argument is wrong: value, shape, dtype, device */
+  HALO_ENOMEM = -2,       /* host or device memory is exhausted */
+  HALO_EIO = -3,          /* a file or stream operation failed */
+  HALO_ECORRUPT = -4,     /* a file's content contradicts itself or its checksum */
+  HALO_EVERSION = -5,     /* a file or library of another format version */
+  HALO_ECUDA = -6,        /* the CUDA runtime or driver failed */
+  HALO_ECOMM = -7,        /* communication failed, or a peer is lost */
+  HALO_ESTATE = -8,       /* called at the wrong time or in the wrong order */
+  HALO_EUNSUPPORTED = -9, /* valid, but not offered on this device or build */
+  HALO_ENUMERIC = -10,    /* a result is not finite where it must be */
+  HALO_EINTERRUPTED = -11 /* a signal asked to stop */
+} halo_status;
+
+/* Text of the last failure on this thread; "" when there was none. Borrowed, valid until the next
+ * failing call on this thread. */
+HALO_API const char *halo_error_message(void);
+/* "HALO_EARG" and so on; "HALO_E?" for an unknown code. */
+HALO_API const char *halo_status_name(int32_t status);
+/* Version as major*10000 + minor*100 + patch; compared with the Lua side when it loads. */
+HALO_API int32_t halo_version(void);
+
+/* ---- Device and memory -------------------------------------------------------------------- */
+
+typedef enum halo_device { HALO_CPU = 0, HALO_CUDA = 1 } halo_device;
+
+/* Who a byte belongs to; every allocation carries the tag on top of the thread's tag stack. */
+typedef enum halo_tag {
+  HALO_TAG_OTHER = 0,
+  HALO_TAG_WEIGHTS = 1,
+  HALO_TAG_GRADIENTS = 2,
+  HALO_TAG_OPTIMIZER = 3,
+  HALO_TAG_ACTIVATIONS = 4,
+  HALO_TAG_RING = 5,
+  HALO_TAG_PLAN = 6,
+  HALO_TAG_DATA = 7,
+  HALO_TAG_COUNT = 8
+} halo_tag;
+
+/* Number of devices of a kind: 1 for HALO_CPU, 0 or more for HALO_CUDA. */
+HALO_API int32_t halo_device_count(int32_t device);
+/* Bytes handed out now and at most so far, by tag; tag -1 sums all. */
+HALO_API int64_t halo_memory_live_bytes(int32_t device, int32_t tag);
+HALO_API int64_t halo_memory_peak_bytes(int32_t device, int32_t tag);
+HALO_API void halo_memory_reset_peak(int32_t device);
+/* Give cached free blocks back to the system. */
+HALO_API void halo_memory_trim(int32_t device);
+/* Refuse allocations that would pass `bytes` live bytes (0: no limit). A budget for tests and for
+ * shared machines. */
+HALO_API void halo_memory_limit(int32_t device, int64_t bytes);
+/* Make the n-th allocation from now fail once (0 = the next; -1 = never). For failure tests. */
+HALO_API void halo_memory_fail_after(int64_t n);
+HALO_API void halo_memory_push_tag(int32_t tag);
+HALO_API void halo_memory_pop_tag(void);
+/* OpenMP and BLAS threads of this process; 0 asks for the machine's share. Returns the number set. */
+HALO_API int32_t halo_set_threads(int32_t n);
+HALO_API int32_t halo_threads(void);
+
+/* ---- Random --------------------------------------------------------------------------------- */
+
+/* Counter-based (Philox 4x32-10, Salmon et al. 2011): value i of stream (seed, stream) is a pure
+ * function, so any rank can compute any part of any tensor. */
+HALO_API uint64_t halo_random_u64(uint64_t seed, uint64_t stream, uint64_t index);
+/* In [0,1), 53 bits. */
+HALO_API double halo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
+
+/* ---- Tensor --------------------------------------------------------------------------------- */
+
+/* Storage plus a strided view of it; storage is reference counted and shared by views. */
+typedef struct halo_tensor halo_tensor;
+
+typedef enum halo_dtype {
+  HALO_F32 = 0,
+  HALO_F64 = 1,
+  HALO_BF16 = 2,
+  HALO_I32 = 3,
+  HALO_I64 = 4,
+  HALO_U8 = 5,
+  HALO_DTYPE_COUNT = 6
+} halo_dtype;
+
+enum { HALO_MAX_DIMS = 8 };
+
+HALO_API int64_t halo_dtype_bytes(int32_t dtype);    /* -1 if unknown */
+HALO_API const char *halo_dtype_name(int32_t dtype); /* "f32", "bf16", ... */
+
+/* A new contiguous tensor; contents undefined (halo_tensor_new) or zero. ndim 0 is a scalar. */
+HALO_API halo_status halo_tensor_new(halo_tensor **out, int32_t dtype, int32_t device, int32_t ndim,
+                                     const int64_t *shape);
+HALO_API halo_status halo_tensor_zeros(halo_tensor **out, int32_t dtype, int32_t device,
+                                       int32_t ndim, const int64_t *shape);
+/* A contiguous copy of host data of the given dtype. */
+HALO_API halo_status halo_tensor_from(halo_tensor **out, int32_t dtype, int32_t device,
+                                      int32_t ndim, const int64_t *shape, const void *host);
+/* Another handle on the same view (reference count + 1). */
+HALO_API halo_status halo_tensor_retain(halo_tensor **out, halo_tensor *t);
+HALO_API void halo_tensor_free(halo_tensor *t);
+
+HALO_API int32_t halo_tensor_dtype(const halo_tensor *t);
+HALO_API int32_t halo_tensor_device(const halo_tensor *t);
+HALO_API int32_t halo_tensor_ndim(const halo_tensor *t);
+HALO_API int64_t halo_tensor_size(const halo_tensor *t, int32_t dim);   /* dim may be negative */
+HALO_API int64_t halo_tensor_stride(const halo_tensor *t, int32_t dim); /* in elements */
+HALO_API int64_t halo_tensor_count(const halo_tensor *t);               /* number of elements */
+HALO_API int32_t halo_tensor_is_contiguous(const halo_tensor *t);
+/* First element; a device pointer on CUDA. Writing through it is not seen by the tape. */
+HALO_API void *halo_tensor_data(const halo_tensor *t);
+/* Copy all elements to or from contiguous host memory of the tensor's dtype. */
+HALO_API halo_status halo_tensor_read(const halo_tensor *t, void *host);
+HALO_API halo_status halo_tensor_write(halo_tensor *t, const void *host);
+/* Element as a double, by flat row-major index (slow: for the prompt and tests). */
+HALO_API halo_status halo_tensor_get(const halo_tensor *t, int64_t flat, double *out);
+HALO_API halo_status halo_tensor_set(halo_tensor *t, int64_t flat, double value);
+HALO_API halo_status halo_tensor_fill(halo_tensor *t, double value);
+/* dst <- src, converting dtype and device; shapes must agree. Outside the tape. */
+HALO_API halo_status halo_tensor_copy(halo_tensor *dst, const halo_tensor *src);
+/* dst += scale * src, same shape; outside the tape (gradient accumulation, moving averages). */
+HALO_API halo_status halo_tensor_add_scaled(halo_tensor *dst, const halo_tensor *src, double scale);
+/* t *= scale, in place, outside the tape. */
+HALO_API halo_status halo_tensor_scale(halo_tensor *t, double scale);
+/* Fill with normal(mean, std) or uniform[lo,hi) numbers; element i depends on (seed, stream, i). */
+HALO_API halo_status halo_tensor_normal(halo_tensor *t, uint64_t seed, uint64_t stream, double mean,
+                                        double std);
+HALO_API halo_status halo_tensor_uniform(halo_tensor *t, uint64_t seed, uint64_t stream, double lo,
+                                         double hi);
+/* XXH3 64-bit hash of dtype, shape and bytes; equal tensors hash equal on every rank. */
+HALO_API halo_status halo_tensor_hash(const halo_tensor *t, uint64_t *out);
+
+/* ---- Ops ------------------------------------------------------------------------------------ */
+
+/* The op table (core/ops.def) is the only list of ops. Each op has a name, 1..HALO_MAX_INPUTS inputs,
+ * named numeric parameters with defaults ("dim=-1,keepdim=0") and one or more outputs. Lua builds
+ * one function per row when it loads. Ops with a gradient are recorded on the tape when an input
+ * asks for it. Optional inputs may be NULL. */
+enum { HALO_MAX_INPUTS = 8, HALO_MAX_OUTPUTS = 4, HALO_MAX_PARAMS = 12 };
+
+HALO_API int32_t halo_op_count(void);
+HALO_API const char *halo_op_name(int32_t op);
+HALO_API const char *halo_op_inputs(int32_t op); /* "a,b" or "x,w,bias?"; "..." for a list */
+HALO_API const char *halo_op_params(int32_t op); /* "dim=-1,keepdim=0" */
+HALO_API const char *halo_op_doc(int32_t op);    /* one paragraph: formula, shapes, source */
+HALO_API int32_t halo_op_outputs(int32_t op);
+HALO_API int32_t halo_op_has_gradient(int32_t op);
+HALO_API int32_t halo_op_find(const char *name); /* -1 if unknown */
+/* Run op on inputs; params are in the order of halo_op_params, all given.
+ * ownership  each out[i] is yours. */
+HALO_API halo_status halo_op(halo_tensor **out, int32_t op, halo_tensor *const *in, int32_t n_in,
+                             const double *params, int32_t n_params);
+
+/* ---- Autograd ------------------------------------------------------------------------------- */
+
+/* Mark a leaf whose gradient is wanted (floating dtypes only). */
+HALO_API halo_status halo_tensor_require_grad(halo_tensor *t, int32_t on);
+HALO_API int32_t halo_tensor_requires_grad(const halo_tensor *t);
+/* Accumulated gradient: borrowed, NULL before the first backward. */
+HALO_API halo_tensor *halo_tensor_grad(const halo_tensor *t);
+/* Use `grad` (same shape) as the place gradients are added to; NULL drops the gradient. Lets an
+ * optimizer keep all gradients in one flat buffer. */
+HALO_API halo_status halo_tensor_set_grad(halo_tensor *t, halo_tensor *grad);
+/* A view of the same data that the tape does not follow. */
+HALO_API halo_status halo_tensor_detach(halo_tensor **out, halo_tensor *t);
+/* Recording is on by default; returns the old setting. */
+HALO_API int32_t halo_tape_set_enabled(int32_t on);
+HALO_API int32_t halo_tape_enabled(void);
+/* Nodes alive now, for leak tests. */
+HALO_API int64_t halo_tape_live_nodes(void);
+
+/* Recompute ("checkpoint"): a node whose forward is run again in backward by the caller.
+ *   1. run the function on inputs with the tape off, giving outputs
+ *   2. halo_tape_checkpoint(outputs, inputs, token): outputs become results of one node
+ *   3. in backward, halo_backward_next returns HALO_BACKWARD_RECOMPUTE with the token; the caller
+ *      runs the function again with the tape on, on the tensors of halo_backward_inputs, and hands
+ *      the results to halo_backward_recomputed; then polls on.
+ * C never calls Lua. Random state and plans are captured by the closure, so that the second forward
+ * is bitwise the first. Rows may be NULL where an output was not a tensor. */
+HALO_API halo_status halo_tape_checkpoint(halo_tensor *const *outputs, int32_t n_out,
+                                          halo_tensor *const *inputs, int32_t n_in, int64_t token);
+
+typedef struct halo_backward halo_backward;
+enum { HALO_BACKWARD_DONE = 0, HALO_BACKWARD_RECOMPUTE = 1 };
+
+/* Start from `root` (any shape) with gradient `seed` of the same shape (NULL: ones). Gradients of
+ * leaves are added to what is there. The tape below root is freed as it is used. */
+HALO_API halo_status halo_backward_begin(halo_backward **out, halo_tensor *root, halo_tensor *seed);
+/* Work until the next event. */
+HALO_API halo_status halo_backward_next(halo_backward *b, int32_t *event_out, int64_t *token_out);
+/* Inputs of the node to recompute, as fresh leaves; borrowed until halo_backward_recomputed. */
+HALO_API halo_status halo_backward_inputs(halo_backward *b, halo_tensor **out, int32_t capacity,
+                                          int32_t *n_out);
+HALO_API halo_status halo_backward_recomputed(halo_backward *b, halo_tensor *const *outputs,
+                                              int32_t n_out);
+HALO_API void halo_backward_free(halo_backward *b);
+
+/* ---- Optimizer ------------------------------------------------------------------------------ */
+
+/* AdamW (Loshchilov and Hutter 2019) over a list of parameters whose gradients live in one flat
+ * fp32 (fp64 for fp64 parameters) buffer. */
+typedef struct halo_adamw halo_adamw;
+
+/* decay[i] multiplies weight_decay for parameter i (0 for norms and biases). */
+HALO_API halo_status halo_adamw_new(halo_adamw **out, halo_tensor *const *params,
+                                    const double *decay, int32_t n);
+HALO_API void halo_adamw_free(halo_adamw *o);
+/* All gradients as one flat tensor (borrowed), in parameter order: what an all-reduce wants. */
+HALO_API halo_tensor *halo_adamw_flat_grad(const halo_adamw *o);
+/* First and second moments as flat tensors, for checkpoints (borrowed). fp32 master copies for bf16
+ * parameters; NULL when parameters are their own masters. */
+HALO_API halo_tensor *halo_adamw_moment1(const halo_adamw *o);
+HALO_API halo_tensor *halo_adamw_moment2(const halo_adamw *o);
+HALO_API halo_tensor *halo_adamw_master(const halo_adamw *o);
+/* Offset in elements of parameter i in the flat tensors. */
+HALO_API int64_t halo_adamw_offset(const halo_adamw *o, int32_t i);
+/* Zero all gradients. */
+HALO_API halo_status halo_adamw_zero_grad(halo_adamw *o);
+/* Sum of squares of all gradients, fixed order, fp64. */
+HALO_API halo_status halo_adamw_grad_norm2(halo_adamw *o, double *out);
+/* One update with gradients multiplied by grad_scale; step counts from 1 (bias correction).
+ * source  PyTorch's torch.optim.AdamW order: p -= lr*wd*p, then p -= lr*mhat/(sqrt(vhat)+eps). */
+HALO_API halo_status halo_adamw_step(halo_adamw *o, int64_t step, double lr, double beta1,
+                                     double beta2, double eps, double weight_decay,
+                                     double grad_scale);
+
+/* ---- Communication -------------------------------------------------------------------------- */
+
+/* A communicator over W ranks, of which `here` live in this process:
+ *   self   W = 1, here = 1: every call is a no-op or a copy
+ *   local  W virtual ranks in one process, here = W: tests, the REPL, `halo check`; lockstep
+ *   mpi    W processes, here = 1
+ * Buffers of collectives are given per rank here, as arrays of `here` pointers. All ranks call in
+ * the same order. Host memory only; a device transport copies by its own means. */
+typedef struct halo_comm halo_comm;
+
+HALO_API halo_status halo_comm_self(halo_comm **out);
+HALO_API halo_status halo_comm_local(halo_comm **out, int32_t world);
+/* The MPI world; initialises MPI on first use. HALO_ESTATE if the launcher's rank count (OMPI,
+ * SLURM variables) disagrees with MPI's, which means that every process thinks it is alone. */
+HALO_API halo_status halo_comm_world(halo_comm **out);
+/* Ranks with the same color form a new communicator, ordered by key. Collective. For local, color
+ * and key are arrays of `here` values and the result must be one color. */
+HALO_API halo_status halo_comm_split(halo_comm **out, halo_comm *c, int32_t color, int32_t key);
+HALO_API void halo_comm_free(halo_comm *c);
+/* Finalise MPI if this library initialised it. */
+HALO_API void halo_comm_shutdown(void);
+/* End every rank of the job at once, with this exit code; the last resort after an error. Returns
+ * for transports that cannot (self, local). */
+HALO_API void halo_comm_abort(halo_comm *c, int32_t exit_code);
+
+HALO_API int32_t halo_comm_rank(const halo_comm *c);  /* of the first rank here */
+HALO_API int32_t halo_comm_size(const halo_comm *c);  /* W */
+HALO_API int32_t halo_comm_here(const halo_comm *c);  /* ranks in this process */
+HALO_API const char *halo_comm_name(const halo_comm *c); /* "self", "local", "mpi" */
+HALO_API halo_status halo_comm_barrier(halo_comm *c);
+/* In-place sum over ranks, rank order fixed, so that runs repeat bit for bit; dtype f32, f64, i64. */
+HALO_API halo_status halo_comm_all_reduce(halo_comm *c, void *const *buffers, int64_t count,
+                                          int32_t dtype);
+/* In-place maximum over ranks. */
+HALO_API halo_status halo_comm_all_reduce_max(halo_comm *c, void *const *buffers, int64_t count,
+                                              int32_t dtype);
+HALO_API halo_status halo_comm_broadcast(halo_comm *c, void *const *buffers, int64_t bytes,
+                                         int32_t root);
+/* out[i] gets W pieces of `bytes` each, in rank order. */
+HALO_API halo_status halo_comm_all_gather(halo_comm *c, void *const *out, const void *const *in,
+                                          int64_t bytes);
+/* Like all_gather with bytes[r] from rank r. */
+HALO_API halo_status halo_comm_all_gatherv(halo_comm *c, void *const *out, const void *const *in,
+                                           const int64_t *bytes);
+/* Piece r of in[i] (bytes each) goes to rank r; out[i] gets one piece from each rank, in rank order. */
+HALO_API halo_status halo_comm_all_to_all(halo_comm *c, void *const *out, const void *const *in,
+                                          int64_t bytes);
+/* In-place sum of a tensor over ranks (here = 1 or T stacked copies is not meant: one tensor). */
+HALO_API halo_status halo_comm_all_reduce_tensor(halo_comm *c, halo_tensor *t);
+/* Compare a 64-bit value over ranks: HALO_ESTATE naming the first rank that differs. */
+HALO_API halo_status halo_comm_same(halo_comm *c, uint64_t value, const char *what);
+/* Seconds spent waiting in communication since the last reset: the exposed part. */
+HALO_API double halo_comm_exposed_seconds(halo_comm *c);
+HALO_API void halo_comm_reset_timer(halo_comm *c);
+
+/* ---- Layout --------------------------------------------------------------------------------- */
+
+/* Which rank holds which token, for any N and any number of ranks. Tokens are dealt in blocks of
+ * `block` tokens; the sequence is padded at its global end to a whole number of blocks per rank.
+ * Local order follows increasing global position. */
+typedef struct halo_layout halo_layout;
+
+typedef enum halo_layout_kind {
+  HALO_LAYOUT_CONTIGUOUS = 0, /* rank r holds the r-th run of blocks */
+  HALO_LAYOUT_ZIGZAG = 1,     /* runs r and 2W-1-r of 2W */
+  HALO_LAYOUT_STRIPED = 2     /* block b on rank b mod W */
+} halo_layout_kind;
+
+HALO_API halo_status halo_layout_new(halo_layout **out, int32_t kind, int64_t n_tokens,
+                                     int32_t world, int64_t block);
+HALO_API void halo_layout_free(halo_layout *l);
+HALO_API int32_t halo_layout_kind_of(const halo_layout *l);
+HALO_API int64_t halo_layout_tokens(const halo_layout *l);       /* N, without padding */
+HALO_API int64_t halo_layout_padded_tokens(const halo_layout *l);
+HALO_API int64_t halo_layout_local_tokens(const halo_layout *l); /* T per rank, padding included */
+HALO_API int64_t halo_layout_block(const halo_layout *l);        /* G */
+HALO_API int32_t halo_layout_world(const halo_layout *l);
+/* Global token of (rank, local index); >= N for padding. */
+HALO_API int64_t halo_layout_global(const halo_layout *l, int32_t rank, int64_t local);
+/* Rank and local index of a global token (< padded N). */
+HALO_API halo_status halo_layout_locate(const halo_layout *l, int64_t token, int32_t *rank_out,
+                                        int64_t *local_out);
+/* map[0..T) <- global tokens of a rank: the loader's gather index. */
+HALO_API halo_status halo_layout_map(const halo_layout *l, int32_t rank, int64_t *map);
+
+/* ---- Plan ----------------------------------------------------------------------------------- */
+
+/* Which keys each query sees, for B sequences and H query heads: a global, rank-independent value.
+ * Key j is visible to query i when j <= i, both are in the same document, and
+ *   the tile (i/G, j/G) is selected (by a diagonal, a tile, or a force rule), or
+ *   j is a selected column of this head (or forced as a sink).
+ * It is a set: a key selected twice counts once. See core/plan.c. */
+typedef struct halo_plan halo_plan;
+
+HALO_API halo_status halo_plan_new(halo_plan **out, const halo_layout *layout, int64_t n_batch,
+                                   int64_t n_heads);
+HALO_API void halo_plan_free(halo_plan *p);
+HALO_API halo_status halo_plan_retain(halo_plan **out, halo_plan *p);
+/* Builders; head -1 or batch -1 means all. Only before halo_plan_finish. */
+HALO_API halo_status halo_plan_add_all(halo_plan *p, int64_t batch, int64_t head);
+/* Block distances (i/G - j/G), 0 is the diagonal. */
+HALO_API halo_status halo_plan_add_diagonals(halo_plan *p, int64_t batch, int64_t head,
+                                             const int64_t *distances, int64_t n);
+/* Global token indices. */
+HALO_API halo_status halo_plan_add_columns(halo_plan *p, int64_t batch, int64_t head,
+                                           const int64_t *tokens, int64_t n);
+/* Pairs (query block, key block). */
+HALO_API halo_status halo_plan_add_tiles(halo_plan *p, int64_t batch, int64_t head,
+                                         const int64_t *query_blocks, const int64_t *key_blocks,
+                                         int64_t n);
+/* Force rules, kept apart from what was selected and counted: the first `sink` tokens of every
+ * document as columns; every tile that holds a pair closer than `window` tokens; the diagonal tile. */
+HALO_API halo_status halo_plan_force(halo_plan *p, int64_t sink, int64_t window, int32_t diagonal);
+/* Document id of each token, [B, N] int32 in global order; attention never crosses documents. */
+HALO_API halo_status halo_plan_set_documents(halo_plan *p, const int32_t *documents);
+/* Canonicalise (sort, deduplicate, clip) and freeze. Free to share between layers and threads. */
+HALO_API halo_status halo_plan_finish(halo_plan *p);
+
+HALO_API int64_t halo_plan_batch(const halo_plan *p);
+HALO_API int64_t halo_plan_heads(const halo_plan *p);
+HALO_API int32_t halo_plan_is_dense(const halo_plan *p);
+/* The definition, token by token: 1 if key j is visible to query i. Slow; the tests' oracle. */
+HALO_API int32_t halo_plan_visible(const halo_plan *p, int64_t batch, int64_t head, int64_t i,
+                                   int64_t j);
+HALO_API uint64_t halo_plan_hash(const halo_plan *p);
+/* Visible pairs over causal same-document pairs, 0..1, of one head (-1: all). Exact count. */
+HALO_API halo_status halo_plan_density(const halo_plan *p, int64_t batch, int64_t head,
+                                       double *density_out, double *forced_share_out);
+/* Work in flops (4*D per computed pair, after rounding to tiles) of each (rank, ring step) of a
+ * schedule, [W, steps] row-major; the columns' work is its own last step. */
+HALO_API halo_status halo_plan_work(const halo_plan *p, int64_t head_size, double *work_out,
+                                    int64_t capacity, int32_t *steps_out);
+/* Imbalance as mtraining.md 2.3 defines it: worker max/mean, mean step max/mean, critical path. */
+HALO_API halo_status halo_plan_balance(const halo_plan *p, double *worker_out, double *step_out,
+                                       double *critical_out);
+/* Far coverage: reached[j] |= 1 for every token j that some query at distance >= far sees; far_out
+ * counts tokens that have such a query at all in their document, missed_out those not reached in
+ * this plan. reached [N] bytes may be NULL. */
+HALO_API halo_status halo_plan_far_coverage(const halo_plan *p, int64_t batch, int64_t head,
+                                            int64_t far, uint8_t *reached, int64_t *far_out,
+                                            int64_t *missed_out);
+/* Text for people: density, force rules, diagonals as runs, first columns, a small map. Writes at
+ * most `capacity` bytes with a final 0, returns the length it wanted. */
+HALO_API int64_t halo_plan_explain(const halo_plan *p, int64_t batch, int64_t head, char *text,
+                                   int64_t capacity);
+/* Lists of a finished plan for one head: distances, columns. Fills up to capacity, sets the count. */
+HALO_API halo_status halo_plan_diagonals(const halo_plan *p, int64_t batch, int64_t head,
+                                         int64_t *out, int64_t capacity, int64_t *n_out);
+HALO_API halo_status halo_plan_columns(const halo_plan *p, int64_t batch, int64_t head,
+                                       int64_t *out, int64_t capacity, int64_t *n_out);
+
+/* ---- Ring ----------------------------------------------------------------------------------- */
+
+/* Where and in which order queries meet keys: a schedule over a transport. */
+typedef struct halo_ring halo_ring;
+
+typedef enum halo_schedule {
+  HALO_SCHEDULE_FLAT = 0,         /* W steps, one hop each */
+  HALO_SCHEDULE_HIERARCHICAL = 1, /* inner ring of `inner` ranks inside an outer ring of W/inner */
+  HALO_SCHEDULE_GATHER = 2        /* all keys at once */
+} halo_schedule;
+
+/* inner: ranks of the inner ring (hierarchical only; must divide W). The communicator is borrowed
+ * and must outlive the ring. Checks the schedule table (each source once, sends match receives, no
+ * slot overwritten while read, gradients end at their owner). */
+HALO_API halo_status halo_ring_new(halo_ring **out, halo_comm *c, int32_t schedule, int32_t inner);
+HALO_API void halo_ring_free(halo_ring *r);
+HALO_API int32_t halo_ring_world(const halo_ring *r);
+HALO_API int32_t halo_ring_here(const halo_ring *r);
+HALO_API int32_t halo_ring_rank(const halo_ring *r);
+HALO_API int32_t halo_ring_steps(const halo_ring *r);
+/* Source rank whose keys rank r computes with at a step; -1 if none. */
+HALO_API int32_t halo_ring_source(const halo_ring *r, int32_t rank, int32_t step);
+/* The table as text. Same rule as halo_plan_explain. */
+HALO_API int64_t halo_ring_explain(const halo_ring *r, char *text, int64_t capacity);
+/* Check a schedule for any (W, inner) without a transport. */
+HALO_API halo_status halo_ring_check(int32_t schedule, int32_t world, int32_t inner);
+
+/* ---- Attention ------------------------------------------------------------------------------ */
+
+/* Causal attention under a plan, over a ring; recorded on the tape.
+ *   s_ij = scale * q_i . k_j for visible (i, j);  l_i = log sum_j exp(s_ij);  o_i = sum_j e^(s_ij-l_i) v_j
+ * shapes   q, o [B, T, H, D]; k, v [B, T, Hk, D]; lse [B, H, T] fp32 (fp64 for fp64 input), natural
+ *          log. T is here * local tokens of the layout: ranks of this process stacked in rank order.
+ *          Positions, documents and padding come from the plan and its layout.
+ * effect   a row without a visible key gives o = 0, lse = -inf, and no gradient
+ * numbers  running maximum, partial o and l, dQ and travelling dK, dV in fp32 (fp64 for fp64 input)
+ * gradient of o only; lse is a constant
+ * lse_out  may be NULL
+ * source   online softmax (Milakov and Gimelshein 2018; FlashAttention-2, arXiv 2307.08691) */
+HALO_API halo_status halo_attention(halo_tensor **out, halo_tensor **lse_out, halo_tensor *q,
+                                    halo_tensor *k, halo_tensor *v, halo_plan *plan,
+                                    halo_ring *ring, double scale);
+/* Merge two partial results over disjoint key sets, in place in (o, lse); o in any float dtype.
+ * shapes   o, o_part [B,T,H,D]; lse, lse_part [B,H,T]
+ * effect   (0, -inf) is the identity */
+HALO_API halo_status halo_attention_merge(halo_tensor *o, halo_tensor *lse,
+                                          const halo_tensor *o_part, const halo_tensor *lse_part);
+/* One decoding step against a cache, no tape: q [B,Tq,H,D], k, v [B,Tcap,Hk,D] of which the first
+ * `length` keys count; key_positions [Tcap] i64 and query_positions [Tq] i64 give global positions
+ * (key j visible to query i when its position is not greater). Partial over this rank's keys. */
+HALO_API halo_status halo_attention_cached(halo_tensor **out, halo_tensor **lse_out,
+                                           const halo_tensor *q, const halo_tensor *k,
+                                           const halo_tensor *v, int64_t length,
+                                           const halo_tensor *key_positions,
+                                           const halo_tensor *query_positions, double scale);
+
+/* Vertical-slash selection from the last `probe` queries of the sequence (mtraining.md 1; MInference,
+ * arXiv 2407.02490): softmax of the probe rows over all keys, summed down columns (verticals) and
+ * along diagonals (slashes), fp32 in a fixed order that does not depend on W, ties to the lower
+ * index, heads shared out over ranks. Fixed budgets: the best `verticals` columns and `slashes`
+ * offsets. Top-p: the smallest prefix of the sorted scores whose sum reaches mass_vertical /
+ * mass_slash of the total, the crossing entry included, at most `verticals` / `slashes` of them;
+ * a mass of 0 means fixed budgets. Adds diagonals and columns to `plan` (unfinished) for all B, H.
+ * q [B,T,H,D], k [B,T,Hk,D] as in halo_attention. Collective over the ring. No gradient. */
+HALO_API halo_status halo_select_vertical_slash(halo_plan *plan, const halo_tensor *q,
+                                                const halo_tensor *k, halo_ring *ring, double scale,
+                                                int64_t probe, int64_t verticals, int64_t slashes,
+                                                double mass_vertical, double mass_slash);
+/* Sampled recall: for `samples` query rows per head drawn from (seed, stream), the share of dense
+ * attention mass that the plan keeps. recall_out [H] means over the batch and samples. Collective. */
+HALO_API halo_status halo_attention_recall(double *recall_out, const halo_tensor *q,
+                                           const halo_tensor *k, halo_plan *plan, halo_ring *ring,
+                                           double scale, int64_t samples, uint64_t seed,
+                                           uint64_t stream);
+
+/* ---- Safetensors ---------------------------------------------------------------------------- */
+
+/* ---- Checkpoint ----------------------------------------------------------------------------- */
+
+/* ---- Data ----------------------------------------------------------------------------------- */
+
+/* ---- Tokenizer ------------------------------------------------------------------------------ */
+
+/* ---- Trace ---------------------------------------------------------------------------------- */
+
+#endif

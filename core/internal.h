@@ -1,0 +1,163 @@
+/* internal.h: what core/ and kernels/ share and users never see.
+ *
+ * Error flow: HALO_CHECK states what a user can get wrong, assert what only a bug can break,
+ * HALO_TRY forwards a failure. The _GOTO forms jump to a `done:` label that frees everything.
+ */
+#ifndef HALO_INTERNAL_H
+#define HALO_INTERNAL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "halo.h"
+
+#define HALO__VERSION 100 /* 0.1.0 */
+
+/* Set the thread's message and return `status`. Never allocates. */
+halo_status halo__error(halo_status status, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+/* Put text before the message at hand ("rank 3, layer 12: ...") and return `status`. */
+halo_status halo__error_prefix(halo_status status, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+#define HALO_CHECK(cond, status, ...)                                                     \
+  do {                                                                                    \
+    if (!(cond)) return halo__error((status), __VA_ARGS__);                               \
+  } while (0)
+#define HALO_TRY(call)                                                                    \
+  do {                                                                                    \
+    halo_status status_ = (call);                                                         \
+    if (status_ != HALO_OK) return status_;                                               \
+  } while (0)
+/* The function has a local `halo_status status = HALO_OK;` and a `done:` label. */
+#define HALO_CHECK_GOTO(cond, code, ...)                                                  \
+  do {                                                                                    \
+    if (!(cond)) {                                                                        \
+      status = halo__error((code), __VA_ARGS__);                                          \
+      goto done;                                                                          \
+    }                                                                                     \
+  } while (0)
+#define HALO_TRY_GOTO(call)                                                               \
+  do {                                                                                    \
+    status = (call);                                                                      \
+    if (status != HALO_OK) goto done;                                                     \
+  } while (0)
+
+/* ---- alloc.c ------------------------------------------------------------------------------- */
+
+/* Device memory with a tag, 64-byte aligned, cached by size class. The tag is the thread's current
+ * one (halo_memory_push_tag). NULL is harmless to free. */
+halo_status halo__alloc(void **out, int64_t bytes, halo_device device);
+halo_status halo__alloc_zero(void **out, int64_t bytes, halo_device device);
+void halo__free(void *p);
+/* Host scratch of n elements of the given size, checked product; freed with halo__free. */
+halo_status halo__scratch(void **out, int64_t n, int64_t element_bytes);
+int32_t halo__current_tag(void);
+
+/* a * b and a + b for sizes; false on overflow or negative arguments. */
+static inline bool halo__mul(int64_t a, int64_t b, int64_t *out) {
+  return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, out);
+}
+static inline bool halo__add(int64_t a, int64_t b, int64_t *out) {
+  return a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, out);
+}
+
+/* ---- tensor.c ------------------------------------------------------------------------------ */
+
+typedef struct halo__storage {
+  void *data;
+  int64_t bytes;
+  halo_device device;
+  int32_t references;
+  void (*release)(void *data, void *owner); /* NULL: halo__free(data) */
+  void *owner;                              /* for release: a mapped file, for instance */
+} halo__storage;
+
+typedef struct halo__node halo__node;
+
+struct halo_tensor {
+  halo__storage *storage;
+  int64_t offset; /* elements from storage->data */
+  int32_t references;
+  halo_dtype dtype;
+  int32_t ndim;
+  int64_t shape[HALO_MAX_DIMS];
+  int64_t stride[HALO_MAX_DIMS]; /* elements */
+  bool requires_grad;            /* leaf: gradient wanted; result: some input asked for it */
+  halo_tensor *grad;             /* leaf: accumulated gradient */
+  halo__node *node;              /* result: the node that made it (owns a reference) */
+  int32_t node_output;           /* which output of the node this is */
+};
+
+static inline bool halo__is_float(halo_dtype t) {
+  return t == HALO_F32 || t == HALO_F64 || t == HALO_BF16;
+}
+/* dtype in which sums and statistics of `t` are kept: F32 for F32 and BF16, F64 for F64. */
+static inline halo_dtype halo__acc_dtype(halo_dtype t) { return t == HALO_F64 ? HALO_F64 : HALO_F32; }
+static inline halo_device halo__device(const halo_tensor *t) { return t->storage->device; }
+static inline void *halo__data(const halo_tensor *t) { return halo_tensor_data(t); }
+
+/* "f32 [2,96,64]" into a static thread-local ring of buffers, for messages. */
+const char *halo__describe(const halo_tensor *t);
+bool halo__same_shape(const halo_tensor *a, const halo_tensor *b);
+/* New tensor like t (contiguous, same dtype, shape, device). */
+halo_status halo__new_like(halo_tensor **out, const halo_tensor *t);
+halo_status halo__zeros_like(halo_tensor **out, const halo_tensor *t);
+/* A view with its own shape and strides (elements), offset relative to t's. */
+halo_status halo__view(halo_tensor **out, halo_tensor *t, int32_t ndim, const int64_t *shape,
+                       const int64_t *stride, int64_t offset);
+/* t itself (retained) when contiguous, else a contiguous copy. */
+halo_status halo__contiguous(halo_tensor **out, halo_tensor *t);
+/* A tensor over memory somebody else owns; release(data, owner) runs when the last view goes. */
+halo_status halo__wrap(halo_tensor **out, void *data, int64_t bytes, halo_dtype dtype,
+                       halo_device device, int32_t ndim, const int64_t *shape,
+                       void (*release)(void *data, void *owner), void *owner);
+
+/* ---- ops.c and tape.c ---------------------------------------------------------------------- */
+
+/* One invocation of an op, and the record the tape keeps of it.
+ *
+ * Forward:  in[], param[] are given; the op makes out[] and may put what backward needs into saved[]
+ *           (owned by the call) and extra (freed with free_extra). `wants_grad` says whether a
+ *           gradient will ever be asked for: save nothing when false.
+ * Backward: grad_out[] are the gradients of out[] (NULL where none arrived); the op sets grad_in[i]
+ *           (a new tensor, owned by the tape) for every i with need_grad[i]. Leaving it NULL means
+ *           zero. out[] is NULL in backward: save what is needed. */
+typedef struct halo__call {
+  int32_t op;
+  int32_t n_in, n_out, n_param;
+  halo_tensor *in[HALO_MAX_INPUTS];   /* NULL for absent optional inputs */
+  halo_tensor *out[HALO_MAX_OUTPUTS];
+  double param[HALO_MAX_PARAMS];
+  halo_tensor *saved[8];
+  void *extra;
+  void (*free_extra)(void *extra);
+  bool wants_grad;
+  bool need_grad[HALO_MAX_INPUTS];
+  halo_tensor *grad_out[HALO_MAX_OUTPUTS];
+  halo_tensor *grad_in[HALO_MAX_INPUTS];
+} halo__call;
+
+typedef halo_status (*halo__call_fn)(halo__call *c);
+
+/* Run a call that is not in ops.def (attention takes a plan and a ring): forward, then record with
+ * `backward` if an input wants a gradient. Fills c->wants_grad before forward. On success the
+ * caller owns c->out[]; saved and extra belong to the tape or are freed. */
+halo_status halo__run(halo__call *c, const char *name, halo__call_fn forward,
+                      halo__call_fn backward);
+
+/* Ops as C calls, for use inside core. */
+halo_status halo__op1(halo_tensor **out, int32_t op, halo_tensor *x, const double *params,
+                      int32_t n_params);
+halo_status halo__op2(halo_tensor **out, int32_t op, halo_tensor *a, halo_tensor *b,
+                      const double *params, int32_t n_params);
+
+enum {
+#define HALO_OP(name, inputs, params, outputs, gradient, doc) HALO_OP_##name,
+#include "ops.def"
+#undef HALO_OP
+  HALO_OP__COUNT
+};
+
+#endif
