@@ -1,0 +1,142 @@
+--- The only `ffi.load` and the only `ffi.cdef` of the engine.
+-- The declarations are the text of `core/halo.h` without its preprocessor lines, made by the build
+-- (`halo_cdef.h`) and kept beside the library, so that a header and a library of different builds
+-- cannot meet; `halo_version()` is compared as well.
+--
+-- Where the library is looked for: `HALO_LIB` (path of the shared object), beside the running
+-- program, `build/` beside the Lua tree, and the places an installation uses.
+--
+-- Use:
+--    local halo_ffi = require "halo.ffi"
+--    local C, check = halo_ffi.C, halo_ffi.check
+--    check(C.halo_tensor_new(out, C.HALO_F32, C.HALO_CPU, 2, shape))
+-- Cache the namespace `C`, never single functions (LuaJIT's ext_ffi_tutorial says why).
+local ffi = require "ffi"
+local errors = require "halo.errors"
+
+local M = { ffi = ffi }
+
+--- What `halo_version()` must return: major*10000 + minor*100 + patch.
+M.version = 100
+
+local function readable(path)
+  local file = io.open(path, "rb")
+  if file then
+    file:close()
+    return true
+  end
+end
+
+-- .../lua/halo/ffi.lua -> .../ (the root of a checkout, or share/halo of an installation)
+local root = debug.getinfo(1, "S").source:sub(2):gsub("[^/]*$", "") .. "../../"
+
+local function library_folders()
+  local folders = {}
+  local host = rawget(_G, "halo_host") -- set by the `halo` program (lua/host.c)
+  if host then folders[1] = host.dir .. "/" end
+  for _, f in ipairs { root .. "build/", root .. "../../lib/", root .. "../../lib/halo/" } do
+    folders[#folders + 1] = f
+  end
+  return folders
+end
+
+local function find_library()
+  local forced = os.getenv "HALO_LIB"
+  if forced and forced ~= "" then
+    if readable(forced) then return forced end
+    errors.raise("environment", ("HALO_LIB names %s, which cannot be read"):format(forced), 0)
+  end
+  local tried = {}
+  for _, folder in ipairs(library_folders()) do
+    if readable(folder .. "libhalo.so") then return folder .. "libhalo.so" end
+    tried[#tried + 1] = folder
+  end
+  errors.raise("environment", "libhalo.so was not found in " .. table.concat(tried, ", ")
+    .. "; build it with tools/build, or set HALO_LIB to its path", 0)
+end
+
+local function declare(library)
+  -- A type can be declared once per process, but this module may be loaded again (busted does).
+  if pcall(ffi.typeof, "halo_tensor *") then return end
+  local folder = library:gsub("[^/]*$", "")
+  local text
+  for _, path in ipairs { folder .. "halo_cdef.h", root .. "halo_cdef.h" } do
+    local file = io.open(path, "rb")
+    if file then
+      text = file:read "*a"
+      file:close()
+      break
+    end
+  end
+  if not text then
+    errors.raise("environment", "halo_cdef.h is missing beside " .. library .. "; build with tools/build", 0)
+  end
+  ffi.cdef(text)
+end
+
+if type(rawget(_G, "jit")) ~= "table" then
+  error("halo needs LuaJIT (found " .. _VERSION .. "); run it with `halo exec` or `luajit`", 0)
+end
+
+--- Path of the shared object in use.
+M.path = find_library()
+declare(M.path)
+
+--- The C namespace: every `halo_*` function and `HALO_*` constant.
+M.C = ffi.load(M.path)
+local C = M.C
+
+if C.halo_version() ~= M.version then
+  errors.raise("environment", ("%s has version %d, but these Lua files want %d; rebuild with tools/build")
+    :format(M.path, C.halo_version(), M.version), 0)
+end
+
+--- Raise unless `status` is HALO_OK. The error value carries `code`, `name`, `class` and `message`.
+-- @param status what a `halo_*` function returned
+-- @tparam[opt=1] int level frame to blame above the caller of `check`, as in `error`; 0: no position
+function M.check(status, level)
+  local code = tonumber(status)
+  if code == 0 then return end
+  level = level or 1
+  local where
+  if level > 0 then
+    local info = debug.getinfo(level + 1, "Sl")
+    if info and info.currentline > 0 then where = info.short_src .. ":" .. info.currentline .. ":" end
+  end
+  error(errors.new {
+    code = code,
+    name = ffi.string(C.halo_status_name(code)),
+    class = errors.status_classes[code] or "internal",
+    message = ffi.string(C.halo_error_message()),
+    where = where,
+  }, 0)
+end
+
+--- Call `f(...)` and check; when memory is short, collect garbage and try once more, because the
+-- collector cannot see the bytes that Lua handles keep alive.
+-- @usage halo_ffi.call(C.halo_tensor_new, out, dtype, device, ndim, shape)
+function M.call(f, ...)
+  local status = f(...)
+  if status == C.HALO_ENOMEM then
+    collectgarbage()
+    collectgarbage() -- finalizers run in the first cycle free what the second can see
+    status = f(...)
+  end
+  if status ~= C.HALO_OK then M.check(status, 2) end
+end
+
+--- Text from functions of the form `int64_t f(..., char *text, int64_t capacity)` that return the
+-- length they wanted (halo_plan_explain and friends).
+-- @tparam function f receives `(buffer, capacity)` and returns the wanted length
+function M.text(f)
+  local capacity = 1024
+  while true do
+    local buffer = ffi.new("char[?]", capacity)
+    local wanted = tonumber(f(buffer, capacity))
+    if wanted < 0 then M.check(wanted, 2) end
+    if wanted < capacity then return ffi.string(buffer) end
+    capacity = wanted + 1
+  end
+end
+
+return M
