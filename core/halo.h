@@ -492,4 +492,58 @@ HALO_API halo_status halo_attention_recall(double *recall_out, const halo_tensor
 
 /* ---- Trace ---------------------------------------------------------------------------------- */
 
+/* Named spans with totals: always on by default, a branch when off. Times are of the host; device
+ * work is asynchronous and counted where somebody waits for it. */
+enum { HALO_TRACE_OFF = 0, HALO_TRACE_TOTALS = 1, HALO_TRACE_EVENTS = 2 };
+
+typedef struct halo_trace_row {
+  const char *name;
+  int64_t calls;
+  double seconds;      /* from begin to end; a name nested in itself counts twice */
+  double self_seconds; /* less what other spans inside took: these add up to the time traced */
+  double bytes, flops; /* as reported by halo_trace_work; flops as executed */
+} halo_trace_row;
+
+/* Number of a name, made on first use; keep it. -1 when the name is empty or the table is full; the
+ * calls below ignore it. Names are cut at 63 bytes. */
+HALO_API int32_t halo_trace_id(const char *name);
+/* Open a span on this thread; give the token to halo_trace_end, which also closes what was left
+ * open inside. 0: not traced. */
+HALO_API int32_t halo_trace_begin(int32_t id);
+HALO_API void halo_trace_end(int32_t token);
+/* Add work to the innermost open span of this thread. */
+HALO_API void halo_trace_work(double bytes, double flops);
+/* Count something that takes no time of its own: one more call, and its work. */
+HALO_API void halo_trace_count(int32_t id, double bytes, double flops);
+/* Returns the old level. HALO_TRACE_EVENTS is entered by halo_trace_record. */
+HALO_API int32_t halo_trace_set_level(int32_t level);
+HALO_API int32_t halo_trace_names(void);
+HALO_API halo_status halo_trace_read(halo_trace_row *out, int32_t id);
+/* All totals to zero; names stay. */
+HALO_API void halo_trace_reset(void);
+/* Keep single spans from now on (at most 2^18, the rest is counted only) until halo_trace_stop. */
+HALO_API halo_status halo_trace_record(void);
+HALO_API void halo_trace_stop(void);
+/* Stop, and write the recorded window as Chrome trace JSON; ranks become processes. */
+HALO_API halo_status halo_trace_export(const char *path, int32_t rank);
+
+/* Flight recorder: the last 4096 collectives of this process. Where we are is stored with each. */
+HALO_API void halo_trace_where(int64_t step, int32_t layer);
+/* Sequence numbers of the last collective begun and the last finished, and how long the last one
+ * has been waiting (0 when none is). What a watchdog polls; any pointer may be NULL. */
+HALO_API void halo_trace_flight(int64_t *begun_out, int64_t *done_out,
+                                double *waiting_seconds_out);
+/* One JSON object per line, oldest first. */
+HALO_API halo_status halo_trace_flight_dump(const char *path);
+
+/* Signals: handlers set bits, the training loop polls at step boundaries. */
+enum { HALO_SIGNAL_USR1 = 1, HALO_SIGNAL_TERM = 2, HALO_SIGNAL_INT = 4 };
+/* Catch SIGUSR1, SIGTERM and SIGINT (a second TERM or INT gets the default action), ignore SIGPIPE;
+ * with a crash_file, write the flight recorder there on SIGSEGV, SIGBUS, SIGFPE and SIGABRT. */
+HALO_API halo_status halo_signals_install(const char *crash_file);
+HALO_API void halo_signals_restore(void);
+/* Bits of HALO_SIGNAL_*; 0 when nobody asked for anything. */
+HALO_API int32_t halo_signal_pending(void);
+HALO_API void halo_signal_clear(int32_t mask);
+
 #endif

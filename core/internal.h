@@ -160,4 +160,15 @@ enum {
   HALO_OP__COUNT
 };
 
+/* ---- trace.c and signals.c ------------------------------------------------------------------ */
+
+/* A span around an op; close with halo_trace_end. Never fails; a token is a plain number. */
+int32_t halo__trace_op_begin(int32_t op, bool is_backward);
+/* Flight recorder: around every collective and every hop of a ring. `op` and `comm` must be string
+ * literals (or live as long as the process): only the pointers are kept. peer -1: all ranks. */
+int64_t halo__trace_comm_begin(const char *op, const char *comm, int64_t bytes, int32_t peer);
+void halo__trace_comm_end(int64_t seq);
+/* Write the recorder to fd; safe in a signal handler. */
+bool halo__trace_flight_write(int fd);
+
 #endif
