@@ -109,6 +109,8 @@ halo_status halo__view(halo_tensor **out, halo_tensor *t, int32_t ndim, const in
                        const int64_t *stride, int64_t offset);
 /* t itself (retained) when contiguous, else a contiguous copy. */
 halo_status halo__contiguous(halo_tensor **out, halo_tensor *t);
+/* Shape, dtype and device of t without its data (halo_tensor_data gives NULL). */
+halo_status halo__meta_like(halo_tensor **out, const halo_tensor *t);
 /* A tensor over memory somebody else owns; release(data, owner) runs when the last view goes. */
 halo_status halo__wrap(halo_tensor **out, void *data, int64_t bytes, halo_dtype dtype,
                        halo_device device, int32_t ndim, const int64_t *shape,
@@ -135,12 +137,21 @@ typedef struct halo__call {
   void (*free_extra)(void *extra);
   bool wants_grad;
   bool need_grad[HALO_MAX_INPUTS];
+  /* Set by forward: backward needs only the shape and dtype of in[i], so the tape may let its data
+   * go. in[i] is then a tensor without data. */
+  bool drop_in[HALO_MAX_INPUTS];
+  /* Set by the tape before backward when in[i] is a leaf with a gradient buffer: the op may add its
+   * gradient there itself (gemm with beta = 1) and report it in accumulated[i]. */
+  halo_tensor *accumulate_into[HALO_MAX_INPUTS];
+  bool accumulated[HALO_MAX_INPUTS];
   halo_tensor *grad_out[HALO_MAX_OUTPUTS];
   halo_tensor *grad_in[HALO_MAX_INPUTS];
 } halo__call;
 
 typedef halo_status (*halo__call_fn)(halo__call *c);
 
+/* Drop a reference to a node; frees it and what it holds at zero. NULL is harmless. */
+void halo__node_release(halo__node *node);
 /* Run a call that is not in ops.def (attention takes a plan and a ring): forward, then record with
  * `backward` if an input wants a gradient. Fills c->wants_grad before forward. On success the
  * caller owns c->out[]; saved and extra belong to the tape or are freed. */
