@@ -152,7 +152,8 @@ typedef halo_status (*halo__call_fn)(halo__call *c);
 
 /* Drop a reference to a node; frees it and what it holds at zero. NULL is harmless. */
 void halo__node_release(halo__node *node);
-/* Run a call that is not in ops.def (attention takes a plan and a ring): forward, then record with
+/* Run a call that is not in ops.def (attention takes a plan and a ring; its c->op is
+ * HALO_CALL_attention, -1 for none): forward, then record with
  * `backward` if an input wants a gradient. Fills c->wants_grad before forward. On success the
  * caller owns c->out[]; saved and extra belong to the tape or are freed. */
 halo_status halo__run(halo__call *c, const char *name, halo__call_fn forward,
@@ -168,12 +169,14 @@ enum {
 #define HALO_OP(name, inputs, params, outputs, gradient, doc) HALO_OP_##name,
 #include "ops.def"
 #undef HALO_OP
-  HALO_OP__COUNT
+  HALO_OP__COUNT,
+  HALO_CALL_attention = HALO_OP__COUNT, /* calls that take more than tensors: not in the table */
+  HALO_CALL__COUNT
 };
 
 /* ---- trace.c and signals.c ------------------------------------------------------------------ */
 
-/* A span around an op; close with halo_trace_end. Never fails; a token is a plain number. */
+/* A span around an op (HALO_OP_x or HALO_CALL_x); close with halo_trace_end. Never fails; a token is a plain number. */
 int32_t halo__trace_op_begin(int32_t op, bool is_backward);
 /* Flight recorder: around every collective and every hop of a ring. `op` and `comm` must be string
  * literals (or live as long as the process): only the pointers are kept. peer -1: all ranks. */

@@ -224,7 +224,9 @@ halo_status halo__run(halo__call *c, const char *name, halo__call_fn forward,
     c->wants_grad |= c->need_grad[i];
   }
   recording = false; // ops that a forward uses inside are not nodes of their own
+  const int32_t span = halo__trace_op_begin(c->op, false);
   halo_status status = forward(c);
+  halo_trace_end(span);
   recording = was_recording;
   if (status == HALO_OK && c->wants_grad) {
     status = unshare_outputs(c);
@@ -463,7 +465,9 @@ static halo_status run_node(frame *f, halo__node *n) {
   memcpy(c->grad_out, n->grads, sizeof c->grad_out);
   const bool was_recording = recording;
   recording = false;
+  const int32_t span = halo__trace_op_begin(c->op, true);
   halo_status status = n->backward(c);
+  halo_trace_end(span);
   recording = was_recording;
   for (int32_t i = 0; i < c->n_in; i++) {
     halo_tensor *grad = c->grad_in[i];

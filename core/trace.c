@@ -182,9 +182,9 @@ int32_t halo__trace_op_begin(int32_t op, bool is_backward) {
 #define HALO_OP(name, inputs, params, outputs, gradient, doc) #name,
 #include "ops.def"
 #undef HALO_OP
-      "?"};
-  static atomic_int ids[2][HALO_OP__COUNT + 1]; // id + 1; 0: not asked for yet
-  if (op < 0 || op >= HALO_OP__COUNT) return 0;
+      "attention"};
+  static atomic_int ids[2][HALO_CALL__COUNT]; // id + 1; 0: not asked for yet
+  if (op < 0 || op >= HALO_CALL__COUNT) return 0;
   int32_t id = atomic_load_explicit(&ids[is_backward][op], memory_order_relaxed) - 1;
   if (id < 0) {
     char name[NAME_BYTES];

@@ -22,7 +22,7 @@ static halo_status mul_backward(halo__call *c) {
 }
 
 static halo_tensor *mul(halo_tensor *a, halo_tensor *b) {
-  halo__call c = {.n_in = 2, .n_out = 1, .in = {a, b}};
+  halo__call c = {.op = -1, .n_in = 2, .n_out = 1, .in = {a, b}};
   CHECK_OK(halo__run(&c, "test_mul", mul_forward, mul_backward));
   return c.out[0];
 }
@@ -165,7 +165,7 @@ static void nothing_is_recorded_when_off(void) {
 static void allocation_failures_leave_nothing_behind(void) {
   halo_tensor *x = scalar(2, true);
   for (int64_t n = 0; n < 40; n++) {
-    halo__call c = {.n_in = 2, .n_out = 1, .in = {x, x}};
+    halo__call c = {.op = -1, .n_in = 2, .n_out = 1, .in = {x, x}};
     halo_memory_fail_after(n);
     halo_status s = halo__run(&c, "test_mul", mul_forward, mul_backward);
     if (s == HALO_OK) {
