@@ -271,8 +271,8 @@ HALO_API halo_status halo_comm_local(halo_comm **out, int32_t world);
 /* The MPI world; initialises MPI on first use. HALO_ESTATE if the launcher's rank count (OMPI,
  * SLURM variables) disagrees with MPI's, which means that every process thinks it is alone. */
 HALO_API halo_status halo_comm_world(halo_comm **out);
-/* Ranks with the same color form a new communicator, ordered by key. Collective. For local, color
- * and key are arrays of `here` values and the result must be one color. */
+/* Ranks with the same color (0 or more) form a new communicator, ordered by key. Collective. The
+ * ranks of self and local always form one: they give a copy of themselves. */
 HALO_API halo_status halo_comm_split(halo_comm **out, halo_comm *c, int32_t color, int32_t key);
 HALO_API void halo_comm_free(halo_comm *c);
 /* Finalise MPI if this library initialised it. */
@@ -303,7 +303,8 @@ HALO_API halo_status halo_comm_all_gatherv(halo_comm *c, void *const *out, const
 /* Piece r of in[i] (bytes each) goes to rank r; out[i] gets one piece from each rank, in rank order. */
 HALO_API halo_status halo_comm_all_to_all(halo_comm *c, void *const *out, const void *const *in,
                                           int64_t bytes);
-/* In-place sum of a tensor over ranks (here = 1 or T stacked copies is not meant: one tensor). */
+/* In-place sum of a tensor over processes: ranks of one process (local) share one tensor, which holds
+ * their sum already. */
 HALO_API halo_status halo_comm_all_reduce_tensor(halo_comm *c, halo_tensor *t);
 /* Compare a 64-bit value over ranks: HALO_ESTATE naming the first rank that differs. */
 HALO_API halo_status halo_comm_same(halo_comm *c, uint64_t value, const char *what);
