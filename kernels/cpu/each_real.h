@@ -19,23 +19,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu/bf16.h"
 #include "internal.h"
 #include "kernels.h"
-
-static inline float halo__bf16_load(uint16_t x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-
-/* Round to nearest even; NaN stays NaN (quiet). */
-static inline uint16_t halo__bf16_store(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
-  return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 #define HALO_REAL_SWITCH(t, name, args)                                                   \
   switch (t) {                                                                            \
