@@ -375,6 +375,8 @@ HALO_API halo_status halo_plan_set_documents(halo_plan *p, const int32_t *docume
 /* Canonicalise (sort, deduplicate, clip) and freeze. Free to share between layers and threads. */
 HALO_API halo_status halo_plan_finish(halo_plan *p);
 
+/* The layout the plan was made for: borrowed, lives as long as the plan. */
+HALO_API const halo_layout *halo_plan_layout(const halo_plan *p);
 HALO_API int64_t halo_plan_batch(const halo_plan *p);
 HALO_API int64_t halo_plan_heads(const halo_plan *p);
 HALO_API int32_t halo_plan_is_dense(const halo_plan *p);
