@@ -1,20 +1,215 @@
-/* ring.c */
+/* ring.c: run a schedule over a communicator.
+ *
+ * The tables of schedule.c say everything; this file owns the buffers they talk about and executes row
+ * after row, for all ranks of this process in lockstep: row k of every rank here, then row k + 1. With
+ * one rank a process (self, MPI) that is the usual ring, with W in one process (local) it is the same
+ * code on the same tables, deterministic and open to a debugger.
+ *
+ * Buffers belong to the ring and are kept: a slot is K then V of one rank in one piece (one message a
+ * hop; at long contexts on many ranks a hop is bound by latency, distributed.md 2.4), in the dtype of
+ * the keys; dKV slots are fp32 (fp64 for fp64). They grow to the largest shape seen.
+ *
+ * When a pass fails half-way, messages of other ranks may still arrive in these buffers. The ring is
+ * then spent: it refuses further passes and never frees the buffers if processes are involved; the
+ * error is for the caller to end the job with.
+ */
 #include "ring.h"
+
+#include <assert.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "schedule.h"
+
+/* A growing block per rank here. */
+typedef struct arena {
+  char *data;
+  int64_t bytes;
+} arena;
 
 struct halo_ring {
   halo_comm *comm;
+  halo_schedule kind;
+  int32_t inner;
+  int32_t here;
+  halo__schedule **forward, **backward; /* [here] */
+  halo__pending **pending;              /* [n_events] of the longer table */
+  halo__transfer *transfers;            /* [2 * here] */
+  arena kv, dkv;
+  bool is_spent;
 };
 
 halo_comm *halo__ring_comm(const halo_ring *r) { return r->comm; }
 int32_t halo_ring_world(const halo_ring *r) { return halo_comm_size(r->comm); }
-int32_t halo_ring_here(const halo_ring *r) { return halo_comm_here(r->comm); }
+int32_t halo_ring_here(const halo_ring *r) { return r->here; }
 int32_t halo_ring_rank(const halo_ring *r) { return halo_comm_rank(r->comm); }
+int32_t halo_ring_steps(const halo_ring *r) { return r->forward[0]->n_steps; }
 
 halo_status halo_ring_new(halo_ring **out, halo_comm *c, int32_t schedule, int32_t inner) {
-  (void)schedule, (void)inner;
-  HALO_TRY(halo__alloc_zero((void **)out, (int64_t)sizeof **out, HALO_CPU));
-  (*out)->comm = c;
+  HALO_CHECK(c != NULL, HALO_EARG, "ring_new: the communicator is NULL");
+  int32_t world = halo_comm_size(c), rank = halo_comm_rank(c), here = halo_comm_here(c);
+  HALO_TRY(halo_ring_check(schedule, world, inner));
+  halo_ring *r;
+  HALO_TRY(halo__alloc_zero((void **)&r, (int64_t)sizeof *r, HALO_CPU));
+  halo_status status = HALO_OK;
+  *r = (halo_ring){.comm = c, .kind = (halo_schedule)schedule, .inner = inner, .here = here};
+  int64_t table_bytes = here * (int64_t)sizeof *r->forward;
+  HALO_TRY_GOTO(halo__alloc_zero((void **)&r->forward, table_bytes, HALO_CPU));
+  HALO_TRY_GOTO(halo__alloc_zero((void **)&r->backward, table_bytes, HALO_CPU));
+  for (int32_t i = 0; i < here; i++) {
+    HALO_TRY_GOTO(halo__schedule_new(&r->forward[i], schedule, world, inner, rank + i, false));
+    HALO_TRY_GOTO(halo__schedule_new(&r->backward[i], schedule, world, inner, rank + i, true));
+  }
+  int64_t n_events = r->backward[0]->n_events + 1;
+  HALO_TRY_GOTO(halo__alloc_zero((void **)&r->pending, n_events * (int64_t)sizeof *r->pending, HALO_CPU));
+  HALO_TRY_GOTO(halo__scratch((void **)&r->transfers, 2 * (int64_t)here, sizeof *r->transfers));
+  *out = r;
+  return HALO_OK;
+done:
+  halo_ring_free(r);
+  return status;
+}
+
+void halo_ring_free(halo_ring *r) {
+  if (r == NULL) return;
+  for (int32_t i = 0; i < r->here; i++) {
+    if (r->forward != NULL) halo__schedule_free(r->forward[i]);
+    if (r->backward != NULL) halo__schedule_free(r->backward[i]);
+  }
+  halo__free(r->forward);
+  halo__free(r->backward);
+  halo__free(r->pending);
+  halo__free(r->transfers);
+  if (!r->is_spent || halo_comm_size(r->comm) == r->here) {
+    halo__free(r->kv.data);
+    halo__free(r->dkv.data);
+  }
+  halo__free(r);
+}
+
+int32_t halo_ring_source(const halo_ring *r, int32_t rank, int32_t step) {
+  int32_t world = halo_ring_world(r);
+  if (rank < 0 || rank >= world || step < 0 || step >= world) return -1;
+  if (r->kind != HALO_SCHEDULE_HIERARCHICAL) return (rank - step + world) % world;
+  int32_t L = r->inner, M = world / L;
+  return (rank / L - step / L + M) % M * L + (rank % L - step % L + L) % L;
+}
+
+int64_t halo_ring_explain(const halo_ring *r, char *text, int64_t capacity) {
+  int64_t length = halo__schedule_explain(r->forward[0], text, capacity);
+  bool fits = length < capacity;
+  return length + halo__schedule_explain(r->backward[0], fits ? text + length : text + capacity,
+                                         fits ? capacity - length : 0);
+}
+
+/* ---- running ---------------------------------------------------------------------------------- */
+
+/* Room for `slots` slots of slot_bytes per rank here. */
+static halo_status reserve(arena *a, int64_t slot_bytes, int64_t slots) {
+  int64_t bytes;
+  HALO_CHECK(halo__mul(slot_bytes, slots, &bytes), HALO_EARG, "ring: buffers of %lld x %lld bytes",
+             (long long)slots, (long long)slot_bytes);
+  if (bytes <= a->bytes) return HALO_OK;
+  halo__free(a->data);
+  *a = (arena){NULL, 0};
+  halo_memory_push_tag(HALO_TAG_RING);
+  halo_status status = halo__alloc((void **)&a->data, bytes, HALO_CPU);
+  halo_memory_pop_tag();
+  if (status == HALO_OK) a->bytes = bytes;
+  return status;
+}
+
+/* What the rows of one pass work on. */
+typedef struct run {
+  halo_ring *ring;
+  const halo__ring_pass *pass;
+  halo__schedule *const *tables; /* [here] */
+  int64_t kv_stride, dkv_stride; /* bytes from slot to slot, whole cache lines */
+} run;
+
+static char *kv_slot(const run *x, int32_t here, int32_t slot) {
+  return x->ring->kv.data + (here * (int64_t)x->tables[0]->n_kv_slots + slot) * x->kv_stride;
+}
+
+static char *dkv_slot(const run *x, int32_t here, int32_t slot) {
+  if (!x->pass->is_backward) return NULL;
+  return x->ring->dkv.data + (here * (int64_t)x->tables[0]->n_dkv_slots + slot) * x->dkv_stride;
+}
+
+static halo_status run_post(const run *x, int32_t k) {
+  halo_ring *r = x->ring;
+  const halo__row *first = &x->tables[0]->rows[k];
+  bool is_gradient = halo__channel_is_gradient(first->channel);
+  int64_t bytes = is_gradient ? x->pass->dkv_count * halo_dtype_bytes(x->pass->dkv_dtype)
+                              : x->pass->kv_bytes;
+  for (int32_t i = 0; i < r->here; i++) {
+    const halo__row *row = &x->tables[i]->rows[k];
+    char *out = is_gradient ? dkv_slot(x, i, row->slot) : kv_slot(x, i, row->slot);
+    char *in = is_gradient ? dkv_slot(x, i, row->slot_in) : kv_slot(x, i, row->slot_in);
+    r->transfers[2 * i] = (halo__transfer){out, bytes, i, row->to, true};
+    r->transfers[2 * i + 1] = (halo__transfer){in, bytes, i, row->from, false};
+  }
+  return halo__comm_post(&r->pending[first->event], r->comm, (halo__channel)first->channel,
+                         r->transfers, 2 * r->here);
+}
+
+static halo_status run_move(const run *x, int32_t k) {
+  const halo__ring_pass *pass = x->pass;
+  for (int32_t i = 0; i < x->ring->here; i++) {
+    const halo__row *row = &x->tables[i]->rows[k];
+    void *to = dkv_slot(x, i, row->slot_in);
+    const void *from = dkv_slot(x, i, row->slot);
+    if (row->kind == HALO__ROW_COPY) {
+      memcpy(to, from, (size_t)(pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype)));
+    } else {
+      HALO_TRY(halo__kernels(HALO_CPU)->axpy(pass->dkv_dtype, to, from, pass->dkv_count, 1));
+    }
+  }
   return HALO_OK;
 }
 
-void halo_ring_free(halo_ring *r) { halo__free(r); }
+static halo_status run_row(const run *x, int32_t k) {
+  const halo__ring_pass *pass = x->pass;
+  const halo__row *first = &x->tables[0]->rows[k];
+  switch (first->kind) {
+  case HALO__ROW_FETCH_COLUMNS:
+    return pass->fetch_columns == NULL ? HALO_OK : pass->fetch_columns(pass->context);
+  case HALO__ROW_COLUMNS:
+    return pass->compute_columns == NULL ? HALO_OK : pass->compute_columns(pass->context);
+  case HALO__ROW_RETURN_COLUMNS:
+    return pass->return_columns == NULL ? HALO_OK : pass->return_columns(pass->context);
+  case HALO__ROW_POST: return run_post(x, k);
+  case HALO__ROW_WAIT: return halo__comm_wait(x->ring->comm, &x->ring->pending[first->event]);
+  case HALO__ROW_COMPUTE:
+    for (int32_t i = 0; i < x->ring->here; i++) {
+      const halo__row *row = &x->tables[i]->rows[k];
+      HALO_TRY(pass->compute(pass->context, i, row->source, kv_slot(x, i, row->slot),
+                             dkv_slot(x, i, row->slot_in)));
+    }
+    return HALO_OK;
+  default: return run_move(x, k);
+  }
+}
+
+halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass) {
+  HALO_CHECK(!r->is_spent, HALO_ESTATE,
+             "ring: a pass failed before, and messages of it may be under way: end the job (rank %d)",
+             halo_ring_rank(r));
+  run x = {.ring = r, .pass = pass, .tables = pass->is_backward ? r->backward : r->forward};
+  x.kv_stride = (pass->kv_bytes + 63) / 64 * 64;
+  x.dkv_stride = (pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype) + 63) / 64 * 64;
+  HALO_TRY(reserve(&r->kv, x.kv_stride, (int64_t)r->here * x.tables[0]->n_kv_slots));
+  if (pass->is_backward) {
+    HALO_TRY(reserve(&r->dkv, x.dkv_stride, (int64_t)r->here * x.tables[0]->n_dkv_slots));
+  }
+  halo_status status = HALO_OK;
+  for (int32_t i = 0; i < r->here && status == HALO_OK; i++) {
+    status = pass->load(pass->context, i, kv_slot(&x, i, 0));
+  }
+  for (int32_t k = 0; k < x.tables[0]->n_rows && status == HALO_OK; k++) status = run_row(&x, k);
+  for (int32_t i = 0; i < r->here && status == HALO_OK && pass->is_backward; i++) {
+    status = pass->store(pass->context, i, dkv_slot(&x, i, x.tables[i]->home));
+  }
+  if (status != HALO_OK) r->is_spent = halo_comm_size(r->comm) > r->here;
+  return status;
+}

@@ -7,4 +7,27 @@
 /* The communicator a ring was made with (borrowed). */
 halo_comm *halo__ring_comm(const halo_ring *r);
 
+/* One pass of keys round the ring, or of keys and their gradients. `here` is which rank of this
+ * process; slots are buffers of the ring. Hooks may be called in the order of the schedule's rows, for
+ * each rank here in turn. */
+typedef struct halo__ring_pass {
+  bool is_backward;
+  int64_t kv_bytes;    /* one KV slot: K then V of one rank */
+  int64_t dkv_count;   /* elements of a dKV slot */
+  halo_dtype dkv_dtype;
+  void *context;
+  /* Put the rank's own keys into slot `kv`. */
+  halo_status (*load)(void *context, int32_t here, void *kv);
+  /* Queries of the rank meet the keys of `source`; backward: dkv = their gradients. */
+  halo_status (*compute)(void *context, int32_t here, int32_t source, const void *kv, void *dkv);
+  /* Backward: the whole gradient of the rank's own keys, once columns have returned as well. */
+  halo_status (*store)(void *context, int32_t here, const void *dkv);
+  /* Columns, for all ranks here at once; NULL when the plan has none. */
+  halo_status (*fetch_columns)(void *context);
+  halo_status (*compute_columns)(void *context);
+  halo_status (*return_columns)(void *context);
+} halo__ring_pass;
+
+halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass);
+
 #endif
