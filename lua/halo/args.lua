@@ -47,7 +47,7 @@ function M.nearest(name, names)
     local is_prefix = #name >= 3 and candidate:sub(1, #name):lower() == name:lower()
       or #candidate >= 3 and name:sub(1, #candidate):lower() == candidate:lower()
     if is_prefix then d = math.min(d, 1.5) end
-    if d <= math.max(1, math.floor(#name / 3)) + (is_prefix and 1 or 0)
+    if d <= math.max(1, math.floor(#name / 3)) + (is_prefix and 1 or 0) and d < math.max(#name, #candidate) / 2 + 0.3
       and (not best or d < best_distance) then
       best, best_distance = candidate, d
     end
