@@ -6,6 +6,7 @@
  * bias costs nothing beyond what writing zeros would.
  *
  * shapes    y, dy [rows,cols], rows ld elements apart; b, db [cols]
+ * dtypes    y is bf16, or the arithmetic type of x
  * order     each column is summed down the rows in order by one thread: equal bits for any number
  *           of threads
  * twin      kernels/cuda/linear.cu
@@ -39,7 +40,6 @@ halo_status halo_cpu_sum_rows(halo_dtype ty, void *y, halo_dtype t, const void *
 
 static halo_status REAL(sum_rows)(halo_dtype ty, void *y, const real *restrict x, int64_t ld,
                                   int64_t rows, int64_t cols, double beta) {
-  const bool is_wide = ty == (sizeof(acc) == 8 ? HALO_F64 : HALO_F32);
 #pragma omp parallel for schedule(static) if (rows * cols > 1 << 15)
   for (int64_t c0 = 0; c0 < cols; c0 += COLUMNS) {
     const int64_t n = c0 + COLUMNS < cols ? COLUMNS : cols - c0;
@@ -50,12 +50,13 @@ static halo_status REAL(sum_rows)(halo_dtype ty, void *y, const real *restrict x
       for (int64_t c = 0; c < n; c++) sum[c] += LOAD(row[c]);
     }
     for (int64_t c = 0; c < n; c++) {
-      if (is_wide) {
-        acc *target = (acc *)y + c0 + c;
-        *target = beta == 0 ? sum[c] : (acc)beta * *target + sum[c];
+      if (ty == HALO_BF16) {
+        uint16_t *target = (uint16_t *)y + c0 + c;
+        const float old = beta == 0 ? 0 : (float)beta * halo__bf16_load(*target);
+        *target = halo__bf16_store(old + (float)sum[c]);
       } else {
-        real *target = (real *)y + c0 + c;
-        *target = STORE(beta == 0 ? sum[c] : (acc)beta * LOAD(*target) + sum[c]);
+        acc *target = (acc *)y + c0 + c;
+        *target = (beta == 0 ? 0 : (acc)beta * *target) + sum[c];
       }
     }
   }
