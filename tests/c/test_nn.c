@@ -6,8 +6,7 @@
  * strided) and gradients are asked for both without and with a gradient buffer at hand.
  */
 #include "check.h"
-
-#include <stdbool.h>
+#include "internal.h"
 
 static int32_t op_id(const char *name) {
   const int32_t op = halo_op_find(name);
@@ -37,6 +36,21 @@ static halo_tensor *integers(int32_t dtype, int32_t ndim, const int64_t *shape, 
   }
   stream++;
   return t;
+}
+
+/* A window on a larger random tensor: the last dim has stride `step`, rows lie `gap` apart. */
+static halo_tensor *strided(int32_t ndim, const int64_t *shape, int64_t step, int64_t gap) {
+  int64_t stride[HALO_MAX_DIMS], extent = shape[ndim - 1] * step + gap;
+  stride[ndim - 1] = step;
+  for (int32_t d = ndim - 2; d >= 0; d--) {
+    stride[d] = extent;
+    extent *= shape[d];
+  }
+  extent += 3;
+  halo_tensor *all = make(HALO_F64, 1, &extent), *view = NULL;
+  CHECK_OK(halo__view(&view, all, ndim, shape, stride, 3));
+  halo_tensor_free(all);
+  return view;
 }
 
 static halo_tensor *cast(const halo_tensor *t, int32_t dtype) {
@@ -325,6 +339,42 @@ static void swiglu_has_its_gradient(void) {
   }
 }
 
+/* Slices of packed projections and transposes: inputs that are not contiguous. */
+static void strided_inputs_are_seen_right(void) {
+  for (int64_t step = 1; step <= 2; step++) {
+    check_case((test_case){.op = "linear", .n_in = 3,
+                           .in = {strided(SHAPE(2, 3, 5), step, 4), strided(SHAPE(4, 5), step, 2),
+                                  strided(SHAPE(4), step, 0)},
+                           .wants = {true, true, true}});
+    check_case((test_case){.op = "rmsnorm", .n_in = 2, .n_param = 1,
+                           .in = {strided(SHAPE(3, 2, 6), step, 1), strided(SHAPE(6), step, 1)},
+                           .wants = {true, true}, .param = {0.1}});
+    check_case((test_case){.op = "swiglu", .n_in = 2,
+                           .in = {strided(SHAPE(3, 5), step, 1), strided(SHAPE(3, 5), 1, 0)},
+                           .wants = {true, true}});
+    check_case((test_case){.op = "swiglu_packed", .n_in = 1, .in = {strided(SHAPE(3, 6), step, 5)},
+                           .wants = {true}});
+    test_case k = rope_case(2, 3, 2, 6, 2, true);
+    halo_tensor_free(k.in[0]);
+    k.in[0] = strided(SHAPE(2, 3, 2, 6), step, 7);
+    check_case(k);
+    check_case((test_case){.op = "linear_cross_entropy", .n_in = 3, .n_param = 3,
+                           .in = {strided(SHAPE(5, 3), step, 2), strided(SHAPE(7, 3), step, 1),
+                                  integers(HALO_I32, SHAPE(5), 7)},
+                           .wants = {true, true}, .param = {2, -100, 1}});
+    check_case((test_case){.op = "embedding", .n_in = 2,
+                           .in = {strided(SHAPE(5, 3), step, 2), integers(HALO_I32, SHAPE(4, 2), 5)},
+                           .wants = {true}});
+  }
+  // Rows out of order: dims swapped, so that no single stride leads from row to row.
+  const int64_t shape[3] = {3, 2, 5}, stride[3] = {5, 15, 1};
+  halo_tensor *all = make(HALO_F64, SHAPE(30)), *view = NULL;
+  CHECK_OK(halo__view(&view, all, 3, shape, stride, 0));
+  halo_tensor_free(all);
+  check_case((test_case){.op = "linear", .n_in = 3, .in = {view, make(HALO_F64, SHAPE(4, 5)), NULL},
+                         .wants = {true, true}});
+}
+
 static halo_tensor *labels_for(int64_t rows, int64_t vocab, int ignored_every) {
   halo_tensor *t = integers(HALO_I64, SHAPE(rows), vocab);
   for (int64_t i = 0; ignored_every > 0 && i < rows; i += ignored_every) halo_tensor_set(t, i, -100);
@@ -464,6 +514,7 @@ int main(void) {
   RUN(rope_rotates);
   RUN(rope_table_rounds_like_transformers);
   RUN(swiglu_has_its_gradient);
+  RUN(strided_inputs_are_seen_right);
   RUN(losses_have_their_gradients);
   RUN(chunked_loss_is_the_loss);
   RUN(losses_survive_large_logits);
