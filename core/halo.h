@@ -384,25 +384,28 @@ HALO_API int32_t halo_plan_is_dense(const halo_plan *p);
 HALO_API int32_t halo_plan_visible(const halo_plan *p, int64_t batch, int64_t head, int64_t i,
                                    int64_t j);
 HALO_API uint64_t halo_plan_hash(const halo_plan *p);
-/* Visible pairs over causal same-document pairs, 0..1, of one head (-1: all). Exact count. */
+/* Visible pairs over causal same-document pairs, 0..1, of one head (-1: all), an exact count; and
+ * the share of the visible pairs that only the force rules brought in. Either may be NULL. */
 HALO_API halo_status halo_plan_density(const halo_plan *p, int64_t batch, int64_t head,
                                        double *density_out, double *forced_share_out);
-/* Work in flops (4*D per computed pair, after rounding to tiles) of each (rank, ring step) of a
- * schedule, [W, steps] row-major; the columns' work is its own last step. */
-HALO_API halo_status halo_plan_work(const halo_plan *p, int64_t head_size, double *work_out,
+/* Forward work in flops (4*D per computed pair, after rounding to tiles) of each (rank, step) of the
+ * flat schedule (step t: keys of rank r - t), [W, steps] row-major with steps = W + 1; the columns'
+ * work is the last step. work_out may be NULL to ask for steps. */
+HALO_API halo_status halo_plan_work(halo_plan *p, int64_t head_size, double *work_out,
                                     int64_t capacity, int32_t *steps_out);
 /* Imbalance as mtraining.md 2.3 defines it: worker max/mean, mean step max/mean, critical path. */
-HALO_API halo_status halo_plan_balance(const halo_plan *p, double *worker_out, double *step_out,
+HALO_API halo_status halo_plan_balance(halo_plan *p, double *worker_out, double *step_out,
                                        double *critical_out);
-/* Far coverage: reached[j] |= 1 for every token j that some query at distance >= far sees; far_out
- * counts tokens that have such a query at all in their document, missed_out those not reached in
- * this plan. reached [N] bytes may be NULL. */
+/* Far coverage of one sequence: reached[j] |= 1 for every token j that some query at distance >= far
+ * sees under this head (-1: any head); far_out counts tokens that have such a query at all in their
+ * document, missed_out those not reached in this plan. reached [N] bytes may be NULL. */
 HALO_API halo_status halo_plan_far_coverage(const halo_plan *p, int64_t batch, int64_t head,
                                             int64_t far, uint8_t *reached, int64_t *far_out,
                                             int64_t *missed_out);
-/* Text for people: density, force rules, diagonals as runs, first columns, a small map. Writes at
- * most `capacity` bytes with a final 0, returns the length it wanted. */
-HALO_API int64_t halo_plan_explain(const halo_plan *p, int64_t batch, int64_t head, char *text,
+/* Text for people: density, force rules, diagonals as runs, first columns, a small map (batch or
+ * head -1: the whole plan in a few lines). Writes at most `capacity` bytes with a final 0, returns
+ * the length it wanted. */
+HALO_API int64_t halo_plan_explain(halo_plan *p, int64_t batch, int64_t head, char *text,
                                    int64_t capacity);
 /* Lists of a finished plan for one head: distances, columns. Fills up to capacity, sets the count. */
 HALO_API halo_status halo_plan_diagonals(const halo_plan *p, int64_t batch, int64_t head,

@@ -2,7 +2,8 @@
  *
  * Tokens are dealt in blocks of G. A rank holds `per_rank` blocks, the same number everywhere, in
  * increasing global order; what is missing at the global end is padding: blocks and tokens with a
- * global index >= N that attend nothing and are never attended. Nothing is refused for not dividing.
+ * global index >= N that attend nothing and are never attended. Nothing is refused for not
+ * dividing.
  *
  *   12 blocks, W = 3        contiguous        zigzag            striped
  *   rank 0                  0  1  2  3        0  1 10 11        0  3  6  9
@@ -16,29 +17,35 @@
  *             (MTraining, arXiv 2510.18830, section 4.2; Striped Attention, arXiv 2311.09431)
  *
  * With blocks as the unit, a block's tokens are consecutive in every layout: kernels rely on it.
- * Token indices are kept as int32 in tables (512K tokens x heads x lists), so the padded length must
- * stay below 2^31.
+ * Token indices are kept as int32 in tables (512K tokens x heads x lists), so the padded length
+ * must stay below 2^31.
  */
 #include "plan.h"
 
 static const char *kind_name(int32_t kind) {
   switch (kind) {
-  case HALO_LAYOUT_CONTIGUOUS: return "contiguous";
-  case HALO_LAYOUT_ZIGZAG: return "zigzag";
-  case HALO_LAYOUT_STRIPED: return "striped";
-  default: return NULL;
+  case HALO_LAYOUT_CONTIGUOUS:
+    return "contiguous";
+  case HALO_LAYOUT_ZIGZAG:
+    return "zigzag";
+  case HALO_LAYOUT_STRIPED:
+    return "striped";
+  default:
+    return NULL;
   }
 }
 
 int64_t halo__layout_block_global(const halo_layout *l, int32_t rank, int64_t local) {
   assert(rank >= 0 && rank < l->world && local >= 0 && local < l->per_rank);
   switch (l->kind) {
-  case HALO_LAYOUT_CONTIGUOUS: return rank * l->per_rank + local;
+  case HALO_LAYOUT_CONTIGUOUS:
+    return rank * l->per_rank + local;
   case HALO_LAYOUT_ZIGZAG: {
     const int64_t half = l->per_rank / 2;
     return local < half ? rank * half + local : (2 * l->world - 1 - rank) * half + (local - half);
   }
-  default: return local * l->world + rank;
+  default:
+    return local * l->world + rank;
   }
 }
 
@@ -94,18 +101,31 @@ halo_status halo_layout_new(halo_layout **out, int32_t kind, int64_t n_tokens, i
   return HALO_OK;
 }
 
-void halo_layout_free(halo_layout *l) { halo__free(l); }
-int32_t halo_layout_kind_of(const halo_layout *l) { return l->kind; }
-int64_t halo_layout_tokens(const halo_layout *l) { return l->n_tokens; }
+void halo_layout_free(halo_layout *l) {
+  halo__free(l);
+}
+int32_t halo_layout_kind_of(const halo_layout *l) {
+  return l->kind;
+}
+int64_t halo_layout_tokens(const halo_layout *l) {
+  return l->n_tokens;
+}
 int64_t halo_layout_padded_tokens(const halo_layout *l) {
   return l->world * l->per_rank * l->block;
 }
-int64_t halo_layout_local_tokens(const halo_layout *l) { return l->per_rank * l->block; }
-int64_t halo_layout_block(const halo_layout *l) { return l->block; }
-int32_t halo_layout_world(const halo_layout *l) { return l->world; }
+int64_t halo_layout_local_tokens(const halo_layout *l) {
+  return l->per_rank * l->block;
+}
+int64_t halo_layout_block(const halo_layout *l) {
+  return l->block;
+}
+int32_t halo_layout_world(const halo_layout *l) {
+  return l->world;
+}
 
 int64_t halo_layout_global(const halo_layout *l, int32_t rank, int64_t local) {
-  if (rank < 0 || rank >= l->world || local < 0 || local >= halo_layout_local_tokens(l)) return -1;
+  if (rank < 0 || rank >= l->world || local < 0 || local >= halo_layout_local_tokens(l))
+    return -1;
   return halo__layout_block_global(l, rank, local / l->block) * l->block + local % l->block;
 }
 
@@ -122,11 +142,12 @@ halo_status halo_layout_locate(const halo_layout *l, int64_t token, int32_t *ran
 }
 
 halo_status halo_layout_map(const halo_layout *l, int32_t rank, int64_t *map) {
-  HALO_CHECK(rank >= 0 && rank < l->world, HALO_EARG, "layout_map: rank is %d, wanted 0 to %d", rank,
-             l->world - 1);
+  HALO_CHECK(rank >= 0 && rank < l->world, HALO_EARG, "layout_map: rank is %d, wanted 0 to %d",
+             rank, l->world - 1);
   for (int64_t local = 0; local < l->per_rank; local++) {
     const int64_t start = halo__layout_block_global(l, rank, local) * l->block;
-    for (int64_t t = 0; t < l->block; t++) *map++ = start + t;
+    for (int64_t t = 0; t < l->block; t++)
+      *map++ = start + t;
   }
   return HALO_OK;
 }

@@ -2,11 +2,11 @@
  *
  * A pattern says what it wants in three forms and the engine makes one canonical set of it:
  *
- *   diagonals   block distances d: every tile (query block a, key block a - d). One bit per distance
- *               and head is all that vertical-slash needs: 1 KB at 512K tokens, where an index of
- *               tiles takes megabytes and a token mask 256 GB
- *   tiles       single (query block, key block) pairs, for methods that choose per query block
- *   columns     single key tokens that every later query sees (verticals, sinks)
+ *   diagonals   block distances d: every tile (query block a, key block a - d). One bit per
+ * distance and head is all that vertical-slash needs: 1 KB at 512K tokens, where an index of tiles
+ * takes megabytes and a token mask 256 GB tiles       single (query block, key block) pairs, for
+ * methods that choose per query block columns     single key tokens that every later query sees
+ * (verticals, sinks)
  *
  * Example, N = 8, G = 2 (blocks a b c d), diagonals {0, 2}, column {1}, one document:
  *
@@ -37,7 +37,8 @@
  * a batch row.
  *
  * source   form and force rules: MInference (arXiv 2407.02490), MTraining (arXiv 2510.18830, 4.1);
- *          traps that this file answers for: double counting, causal edge tiles, empty rows, packing
+ *          traps that this file answers for: double counting, causal edge tiles, empty rows,
+ * packing
  */
 #include "plan.h"
 
@@ -69,10 +70,12 @@ halo_status halo__plan_need(const halo_plan *p, const char *what) {
 halo_status halo__plan_check_head(const halo_plan *p, int64_t batch, int64_t head, bool all,
                                   const char *what) {
   const int64_t lowest = all ? -1 : 0;
-  HALO_CHECK(batch >= lowest && batch < p->n_batch, HALO_EARG, "%s: batch is %lld, wanted %lld to %lld",
-             what, (long long)batch, (long long)lowest, (long long)(p->n_batch - 1));
-  HALO_CHECK(head >= lowest && head < p->n_heads, HALO_EARG, "%s: head is %lld, wanted %lld to %lld",
-             what, (long long)head, (long long)lowest, (long long)(p->n_heads - 1));
+  HALO_CHECK(batch >= lowest && batch < p->n_batch, HALO_EARG,
+             "%s: batch is %lld, wanted %lld to %lld", what, (long long)batch, (long long)lowest,
+             (long long)(p->n_batch - 1));
+  HALO_CHECK(head >= lowest && head < p->n_heads, HALO_EARG,
+             "%s: head is %lld, wanted %lld to %lld", what, (long long)head, (long long)lowest,
+             (long long)(p->n_heads - 1));
   return HALO_OK;
 }
 
@@ -80,7 +83,8 @@ int64_t halo__plan_forced_diagonals(const halo_plan *p) {
   const int64_t g = p->layout.block;
   /* The nearest pair of a tile at distance d >= 1 is d*G - G + 1 tokens apart. */
   int64_t n = p->force_diagonal ? 1 : 0;
-  if (p->window > 0) n = (p->window + g - 2) / g + 1;
+  if (p->window > 0)
+    n = (p->window + g - 2) / g + 1;
   return n < p->layout.n_blocks ? n : p->layout.n_blocks;
 }
 
@@ -91,16 +95,20 @@ static int compare_i64(const void *a, const void *b) {
 
 static int64_t sort_unique_i64(int64_t *list, int64_t n) {
   bool sorted = true;
-  for (int64_t i = 1; i < n && sorted; i++) sorted = list[i - 1] <= list[i];
-  if (!sorted) qsort(list, (size_t)n, sizeof *list, compare_i64);
+  for (int64_t i = 1; i < n && sorted; i++)
+    sorted = list[i - 1] <= list[i];
+  if (!sorted)
+    qsort(list, (size_t)n, sizeof *list, compare_i64);
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i++) {
-    if (kept == 0 || list[kept - 1] != list[i]) list[kept++] = list[i];
+    if (kept == 0 || list[kept - 1] != list[i])
+      list[kept++] = list[i];
   }
   return kept;
 }
 
-/* ---- Building --------------------------------------------------------------------------------- */
+/* ---- Building ---------------------------------------------------------------------------------
+ */
 
 halo_status halo_plan_new(halo_plan **out, const halo_layout *layout, int64_t n_batch,
                           int64_t n_heads) {
@@ -141,7 +149,8 @@ static void drop_finished(halo_plan *p) {
     halo__free(p->rows[i].hi);
   }
   halo__free(p->rows);
-  for (int64_t i = 0; i < p->n_sets; i++) halo__set_free(p->sets[i]);
+  for (int64_t i = 0; i < p->n_sets; i++)
+    halo__set_free(p->sets[i]);
   halo__free(p->sets);
   halo__free(p->patterns);
   halo__free(p->pattern_of);
@@ -153,7 +162,8 @@ static void drop_finished(halo_plan *p) {
 }
 
 void halo_plan_free(halo_plan *p) {
-  if (!p || atomic_fetch_sub(&p->references, 1) > 1) return;
+  if (!p || atomic_fetch_sub(&p->references, 1) > 1)
+    return;
   halo__plan_drop_slices(p);
   drop_finished(p);
   drop_records(p);
@@ -184,13 +194,16 @@ static halo_status add_record(halo_plan *p, int32_t kind, int64_t batch, int64_t
     const int64_t capacity = p->record_capacity ? 2 * p->record_capacity : 16;
     halo__record *grown;
     HALO_TRY(halo__plan_alloc(&grown, capacity, sizeof *grown));
-    if (p->n_records) memcpy(grown, p->record, (size_t)p->n_records * sizeof *grown);
+    if (p->n_records)
+      memcpy(grown, p->record, (size_t)p->n_records * sizeof *grown);
     halo__free(p->record);
     p->record = grown;
     p->record_capacity = capacity;
   }
-  if (n > 0) HALO_TRY_GOTO(halo__plan_alloc(&r.a, n, sizeof *r.a));
-  if (pairs) HALO_TRY_GOTO(halo__plan_alloc(&r.b, n, sizeof *r.b));
+  if (n > 0)
+    HALO_TRY_GOTO(halo__plan_alloc(&r.a, n, sizeof *r.a));
+  if (pairs)
+    HALO_TRY_GOTO(halo__plan_alloc(&r.b, n, sizeof *r.b));
   p->record[p->n_records] = r;
   *out = &p->record[p->n_records++];
 done:
@@ -206,8 +219,9 @@ static halo_status check_entries(const int64_t *list, int64_t n, int64_t limit, 
                                  const char *noun) {
   HALO_CHECK(n == 0 || list, HALO_EARG, "%s: the list is NULL", what);
   for (int64_t i = 0; i < n; i++) {
-    HALO_CHECK(list[i] >= 0 && list[i] < limit, HALO_EARG, "%s: %s %lld (entry %lld), wanted 0 to %lld",
-               what, noun, (long long)list[i], (long long)i, (long long)(limit - 1));
+    HALO_CHECK(list[i] >= 0 && list[i] < limit, HALO_EARG,
+               "%s: %s %lld (entry %lld), wanted 0 to %lld", what, noun, (long long)list[i],
+               (long long)i, (long long)(limit - 1));
   }
   return HALO_OK;
 }
@@ -224,10 +238,12 @@ static halo_status add_list(halo_plan *p, int32_t kind, int64_t batch, int64_t h
                             const char *noun) {
   HALO_TRY(check_builder(p, batch, head, n, what));
   HALO_TRY(check_entries(list, n, limit, what, noun));
-  if (n == 0) return HALO_OK;
+  if (n == 0)
+    return HALO_OK;
   halo__record *r;
   HALO_TRY(add_record(p, kind, batch, head, n, false, &r));
-  for (int64_t i = 0; i < n; i++) r->a[i] = (int32_t)list[i];
+  for (int64_t i = 0; i < n; i++)
+    r->a[i] = (int32_t)list[i];
   return HALO_OK;
 }
 
@@ -249,7 +265,8 @@ halo_status halo_plan_add_tiles(halo_plan *p, int64_t batch, int64_t head,
   HALO_TRY(check_builder(p, batch, head, n, what));
   HALO_TRY(check_entries(query_blocks, n, p->layout.n_blocks, what, "query block"));
   HALO_TRY(check_entries(key_blocks, n, p->layout.n_blocks, what, "key block"));
-  if (n == 0) return HALO_OK;
+  if (n == 0)
+    return HALO_OK;
   halo__record *r;
   HALO_TRY(add_record(p, REC_TILES, batch, head, n, true, &r));
   for (int64_t i = 0; i < n; i++) {
@@ -283,7 +300,8 @@ halo_status halo_plan_set_documents(halo_plan *p, const int32_t *documents) {
   return HALO_OK;
 }
 
-/* ---- Finishing: documents ----------------------------------------------------------------------- */
+/* ---- Finishing: documents -----------------------------------------------------------------------
+ */
 
 /* An id that comes back would make "same document" a set of intervals: refuse it. */
 static halo_status check_runs(const int32_t *id, int64_t n, int64_t batch) {
@@ -292,7 +310,8 @@ static halo_status check_runs(const int32_t *id, int64_t n, int64_t batch) {
   int64_t runs = 0;
   HALO_TRY(halo__plan_alloc(&seen, n, sizeof *seen));
   for (int64_t i = 0; i < n; i++) {
-    if (id[i] >= 0 && (i == 0 || id[i] != id[i - 1])) seen[runs++] = id[i];
+    if (id[i] >= 0 && (i == 0 || id[i] != id[i - 1]))
+      seen[runs++] = id[i];
   }
   qsort(seen, (size_t)runs, sizeof *seen, compare_i64);
   for (int64_t i = 1; i < runs; i++) {
@@ -309,7 +328,8 @@ done:
 /* first and last from ids (NULL: one document). */
 static halo_status row_documents(halo__row *row, const int32_t *id, int64_t n, int64_t batch) {
   bool one = true;
-  for (int64_t i = 0; id && i < n && one; i++) one = id[i] >= 0 && id[i] == id[0];
+  for (int64_t i = 0; id && i < n && one; i++)
+    one = id[i] >= 0 && id[i] == id[0];
   if (one) {
     row->pairs = n * (n + 1) / 2;
     return HALO_OK;
@@ -320,7 +340,8 @@ static halo_status row_documents(halo__row *row, const int32_t *id, int64_t n, i
   for (int64_t i = 0; i < n; i++) {
     const bool starts = i == 0 || id[i] != id[i - 1];
     row->first[i] = id[i] < 0 ? INT32_MAX : starts ? (int32_t)i : row->first[i - 1];
-    if (id[i] >= 0) row->pairs += i - row->first[i] + 1;
+    if (id[i] >= 0)
+      row->pairs += i - row->first[i] + 1;
   }
   for (int64_t i = n - 1; i >= 0; i--) {
     const bool ends = i == n - 1 || id[i] != id[i + 1];
@@ -342,19 +363,24 @@ static halo_status row_blocks(halo__row *row, const halo_layout *l) {
       row->lo[b] = 0;
     } else {
       for (int64_t i = b * g; i < end; i++) {
-        if (row->first[i] < row->lo[b]) row->lo[b] = row->first[i];
-        if (row->first[i] > row->hi[b]) row->hi[b] = row->first[i];
+        if (row->first[i] < row->lo[b])
+          row->lo[b] = row->first[i];
+        if (row->first[i] > row->hi[b])
+          row->hi[b] = row->first[i];
       }
     }
-    if (row->lo[b] == INT32_MAX) continue;
+    if (row->lo[b] == INT32_MAX)
+      continue;
     const int64_t reach = b - row->lo[b] / g + 1;
-    if (reach > row->reach) row->reach = reach;
+    if (reach > row->reach)
+      row->reach = reach;
   }
   return HALO_OK;
 }
 
 static bool row_equal(const halo__row *a, const halo__row *b, int64_t n) {
-  if (!a->first || !b->first) return !a->first && !b->first;
+  if (!a->first || !b->first)
+    return !a->first && !b->first;
   return memcmp(a->first, b->first, (size_t)n * sizeof *a->first) == 0;
 }
 
@@ -374,8 +400,10 @@ static halo_status make_rows(halo_plan *p, int32_t *row_of) {
     halo__row *row = &p->rows[p->n_rows];
     halo_status status = row_documents(row, p->documents ? p->documents + b * n : NULL, n, b);
     int64_t same = 0;
-    while (same < p->n_rows && !row_equal(&p->rows[same], row, n)) same++;
-    if (status == HALO_OK && same == p->n_rows) status = row_blocks(row, &p->layout);
+    while (same < p->n_rows && !row_equal(&p->rows[same], row, n))
+      same++;
+    if (status == HALO_OK && same == p->n_rows)
+      status = row_blocks(row, &p->layout);
     if (status != HALO_OK) {
       row_free(row);
       return status;
@@ -387,11 +415,13 @@ static halo_status make_rows(halo_plan *p, int32_t *row_of) {
     }
     row_of[b] = (int32_t)same;
   }
-  for (int64_t b = wanted; b < p->n_batch; b++) row_of[b] = 0;
+  for (int64_t b = wanted; b < p->n_batch; b++)
+    row_of[b] = 0;
   return HALO_OK;
 }
 
-/* ---- Finishing: sets and patterns --------------------------------------------------------------- */
+/* ---- Finishing: sets and patterns ---------------------------------------------------------------
+ */
 
 static bool record_matches(const halo__record *r, int64_t batch, int64_t head) {
   return (r->batch < 0 || r->batch == batch) && (r->head < 0 || r->head == head);
@@ -419,9 +449,12 @@ static halo_status make_chosen(halo__set **out, const halo_plan *p, int64_t batc
   halo__set *s = NULL;
   for (int64_t i = 0; i < p->n_records; i++) {
     const halo__record *r = &p->record[i];
-    if (!record_matches(r, batch, head)) continue;
-    if (r->kind == REC_COLUMNS) n_columns += r->n;
-    if (r->kind == REC_TILES) n_tiles += r->n;
+    if (!record_matches(r, batch, head))
+      continue;
+    if (r->kind == REC_COLUMNS)
+      n_columns += r->n;
+    if (r->kind == REC_TILES)
+      n_tiles += r->n;
   }
   HALO_TRY_GOTO(halo__plan_alloc(&diagonal, halo__set_words(nb), sizeof *diagonal));
   HALO_TRY_GOTO(halo__plan_alloc(&column, n_columns, sizeof *column));
@@ -429,13 +462,16 @@ static halo_status make_chosen(halo__set **out, const halo_plan *p, int64_t batc
   n_columns = n_tiles = 0;
   for (int64_t i = 0; i < p->n_records; i++) {
     const halo__record *r = &p->record[i];
-    if (!record_matches(r, batch, head)) continue;
+    if (!record_matches(r, batch, head))
+      continue;
     switch (r->kind) {
     case REC_ALL:
-      for (int64_t d = 0; d < nb; d++) diagonal[d >> 6] |= UINT64_C(1) << (d & 63);
+      for (int64_t d = 0; d < nb; d++)
+        diagonal[d >> 6] |= UINT64_C(1) << (d & 63);
       break;
     case REC_DIAGONALS:
-      for (int64_t k = 0; k < r->n; k++) diagonal[r->a[k] >> 6] |= UINT64_C(1) << (r->a[k] & 63);
+      for (int64_t k = 0; k < r->n; k++)
+        diagonal[r->a[k] >> 6] |= UINT64_C(1) << (r->a[k] & 63);
       break;
     case REC_COLUMNS:
       memcpy(column + n_columns, r->a, (size_t)r->n * sizeof *column);
@@ -443,12 +479,15 @@ static halo_status make_chosen(halo__set **out, const halo_plan *p, int64_t batc
       break;
     default:
       for (int64_t k = 0; k < r->n; k++) {
-        if (r->b[k] <= r->a[k]) tile[n_tiles++] = r->a[k] * nb + r->b[k];
+        if (r->b[k] <= r->a[k])
+          tile[n_tiles++] = r->a[k] * nb + r->b[k];
       }
     }
   }
-  for (int64_t w = 0; w < halo__set_words(nb); w++) n_diagonals += __builtin_popcountll(diagonal[w]);
-  if (n_diagonals == nb) n_columns = n_tiles = 0; /* everything is in a tile already */
+  for (int64_t w = 0; w < halo__set_words(nb); w++)
+    n_diagonals += __builtin_popcountll(diagonal[w]);
+  if (n_diagonals == nb)
+    n_columns = n_tiles = 0; /* everything is in a tile already */
   HALO_TRY_GOTO(halo__set_new(&s, nb, diagonal, tile, sort_unique_i64(tile, n_tiles)));
   HALO_TRY_GOTO(halo__set_add_columns(s, column, halo__sort_unique(column, n_columns)));
 done:
@@ -466,7 +505,8 @@ done:
 /* A column adds something if some block that may see it has not its tile. */
 static bool column_matters(const halo_plan *p, const halo__row *row, const halo__set *s,
                            int64_t token) {
-  if (row->first && row->first[token] == INT32_MAX) return false;
+  if (row->first && row->first[token] == INT32_MAX)
+    return false;
   const int64_t key = token / p->layout.block;
   const int64_t end = halo__last(p, row, token) / p->layout.block + 1;
   return halo__set_count_queries(s, key, key, end) < end - key;
@@ -476,11 +516,13 @@ static bool column_matters(const halo_plan *p, const halo__row *row, const halo_
 static int64_t list_sinks(const halo_plan *p, const halo__row *row, int32_t *out) {
   int64_t n = 0;
   if (!row->first) {
-    for (; n < p->sink; n++) out[n] = (int32_t)n;
+    for (; n < p->sink; n++)
+      out[n] = (int32_t)n;
     return n;
   }
   for (int64_t i = 0; i < p->layout.n_tokens && p->sink > 0; i++) {
-    if (row->first[i] != INT32_MAX && i - row->first[i] < p->sink) out[n++] = (int32_t)i;
+    if (row->first[i] != INT32_MAX && i - row->first[i] < p->sink)
+      out[n++] = (int32_t)i;
   }
   return n;
 }
@@ -503,7 +545,8 @@ static halo_status make_shown(halo__set **out, const halo_plan *p, const halo__r
   for (int64_t query = 0; chosen->n_tiles && query < nb; query++) {
     for (int64_t i = chosen->by_query[query]; i < chosen->by_query[query + 1]; i++) {
       const int64_t key = chosen->tile_key[i];
-      if (halo__tile_kind(p, row, query, key) != HALO__NONE) tile[n_tiles++] = query * nb + key;
+      if (halo__tile_kind(p, row, query, key) != HALO__NONE)
+        tile[n_tiles++] = query * nb + key;
     }
   }
   HALO_TRY_GOTO(halo__set_new(&s, nb, diagonal, tile, n_tiles));
@@ -518,7 +561,8 @@ static halo_status make_shown(halo__set **out, const halo_plan *p, const halo__r
   n_columns = halo__sort_unique(column, n_columns + chosen->n_columns);
   int64_t kept = 0;
   for (int64_t i = 0; i < n_columns; i++) {
-    if (column_matters(p, row, s, column[i])) column[kept++] = column[i];
+    if (column_matters(p, row, s, column[i]))
+      column[kept++] = column[i];
   }
   HALO_TRY_GOTO(halo__set_add_columns(s, column, kept));
 done:
@@ -535,7 +579,8 @@ done:
 
 /* Do the same records speak of both units? `mark` are hashes of the matching record numbers. */
 static bool same_records(const halo_plan *p, const uint64_t *mark, int64_t a, int64_t b) {
-  if (mark[a] != mark[b]) return false;
+  if (mark[a] != mark[b])
+    return false;
   for (int64_t i = 0; i < p->n_records; i++) {
     const halo__record *r = &p->record[i];
     if (record_matches(r, a / p->n_heads, a % p->n_heads) !=
@@ -559,7 +604,8 @@ static halo_status make_all_chosen(halo_plan *p, halo__set **chosen) {
       }
     }
     int64_t same = 0;
-    while (same < u && !same_records(p, mark, same, u)) same++;
+    while (same < u && !same_records(p, mark, same, u))
+      same++;
     if (same < u) {
       chosen[u] = chosen[same];
       continue;
@@ -584,11 +630,9 @@ static halo_status make_patterns(halo_plan *p, const int32_t *row_of, halo__set 
     if (i == p->n_patterns) {
       halo__set *s;
       HALO_TRY(make_shown(&s, p, &p->rows[row], chosen[u]));
-      p->patterns[p->n_patterns++] = (halo__pattern){.row = row,
-                                                     .chosen = chosen[u],
-                                                     .shown = set_intern(p, s),
-                                                     .visible_pairs = -1,
-                                                     .chosen_pairs = -1};
+      p->patterns[i] = (halo__pattern){.row = row, .chosen = chosen[u], .shown = set_intern(p, s)};
+      halo__plan_count(p, &p->patterns[i]);
+      p->n_patterns++;
     }
     p->patterns[i].heads++;
     p->pattern_of[u] = (int32_t)i;
@@ -632,34 +676,54 @@ halo_status halo_plan_finish(halo_plan *p) {
 done:
   halo__free(row_of);
   halo__free(chosen);
-  if (status != HALO_OK) drop_finished(p);
+  if (status != HALO_OK)
+    drop_finished(p);
   return status;
 }
 
-/* ---- Reading ------------------------------------------------------------------------------------ */
+/* ---- Reading ------------------------------------------------------------------------------------
+ */
 
-int64_t halo_plan_batch(const halo_plan *p) { return p->n_batch; }
-int64_t halo_plan_heads(const halo_plan *p) { return p->n_heads; }
-uint64_t halo_plan_hash(const halo_plan *p) { return p->finished ? p->hash : 0; }
-const halo_layout *halo_plan_layout(const halo_plan *p) { return &p->layout; }
-int64_t halo__plan_patterns(const halo_plan *p) { return p->n_patterns; }
-const int32_t *halo__plan_pattern_of(const halo_plan *p) { return p->pattern_of; }
+int64_t halo_plan_batch(const halo_plan *p) {
+  return p->n_batch;
+}
+int64_t halo_plan_heads(const halo_plan *p) {
+  return p->n_heads;
+}
+uint64_t halo_plan_hash(const halo_plan *p) {
+  return p->finished ? p->hash : 0;
+}
+const halo_layout *halo_plan_layout(const halo_plan *p) {
+  return &p->layout;
+}
+int64_t halo__plan_patterns(const halo_plan *p) {
+  return p->n_patterns;
+}
+const int32_t *halo__plan_pattern_of(const halo_plan *p) {
+  return p->pattern_of;
+}
 
 int32_t halo_plan_is_dense(const halo_plan *p) {
-  if (!p->finished) return 0;
+  if (!p->finished)
+    return 0;
   for (int64_t i = 0; i < p->n_patterns; i++) {
-    if (p->patterns[i].shown->n_diagonals < p->rows[p->patterns[i].row].reach) return 0;
+    if (p->patterns[i].shown->n_diagonals < p->rows[p->patterns[i].row].reach)
+      return 0;
   }
   return 1;
 }
 
 int32_t halo_plan_visible(const halo_plan *p, int64_t batch, int64_t head, int64_t i, int64_t j) {
-  if (!p->finished || batch < 0 || batch >= p->n_batch || head < 0 || head >= p->n_heads) return 0;
-  if (j < 0 || j > i || i >= p->layout.n_tokens) return 0;
+  if (!p->finished || batch < 0 || batch >= p->n_batch || head < 0 || head >= p->n_heads)
+    return 0;
+  if (j < 0 || j > i || i >= p->layout.n_tokens)
+    return 0;
   const halo__pattern *pattern = &p->patterns[p->pattern_of[batch * p->n_heads + head]];
-  if (j < halo__first(&p->rows[pattern->row], i)) return 0;
+  if (j < halo__first(&p->rows[pattern->row], i))
+    return 0;
   const halo__set *s = pattern->shown;
-  if (halo__set_has(s, i / p->layout.block, j / p->layout.block)) return 1;
+  if (halo__set_has(s, i / p->layout.block, j / p->layout.block))
+    return 1;
   const int64_t at = halo__lower_bound(s->column, 0, s->n_columns, j);
   return at < s->n_columns && s->column[at] == j;
 }
@@ -671,8 +735,10 @@ halo_status halo_plan_diagonals(const halo_plan *p, int64_t batch, int64_t head,
   const halo__set *s = p->patterns[p->pattern_of[batch * p->n_heads + head]].chosen;
   int64_t n = 0;
   for (int64_t d = 0; d < s->n_blocks; d++) {
-    if (!halo__set_diagonal(s, d)) continue;
-    if (n < capacity) out[n] = d;
+    if (!halo__set_diagonal(s, d))
+      continue;
+    if (n < capacity)
+      out[n] = d;
     n++;
   }
   *n_out = n;
@@ -684,7 +750,8 @@ halo_status halo_plan_columns(const halo_plan *p, int64_t batch, int64_t head, i
   HALO_TRY(halo__plan_need(p, "plan_columns"));
   HALO_TRY(halo__plan_check_head(p, batch, head, false, "plan_columns"));
   const halo__set *s = p->patterns[p->pattern_of[batch * p->n_heads + head]].chosen;
-  for (int64_t i = 0; i < s->n_columns && i < capacity; i++) out[i] = s->column[i];
+  for (int64_t i = 0; i < s->n_columns && i < capacity; i++)
+    out[i] = s->column[i];
   *n_out = s->n_columns;
   return HALO_OK;
 }

@@ -1,7 +1,7 @@
 /* plan.h: the plan as the ring and the kernels read it. Internal to core/.
  *
- * A finished plan is a global value. What one rank executes of it are *slices*: for queries of rank r
- * and keys of rank s, which key blocks each query block meets. Three ideas keep slices small and
+ * A finished plan is a global value. What one rank executes of it are *slices*: for queries of rank
+ * r and keys of rank s, which key blocks each query block meets. Three ideas keep slices small and
  * kernels simple:
  *
  *   patterns   (batch, head) pairs that see the same keys share one pattern; a dense plan without
@@ -24,7 +24,8 @@
  * every layout to that.
  *
  * Everything reached from here is owned by the plan, made on first use and kept until the plan is
- * freed: forward, recompute and backward read the same tables. Making is not thread-safe; reading is.
+ * freed: forward, recompute and backward read the same tables. Making is not thread-safe; reading
+ * is.
  */
 #ifndef HALO_PLAN_H
 #define HALO_PLAN_H
@@ -38,10 +39,10 @@
 struct halo_layout {
   halo_layout_kind kind;
   int32_t world;
-  int64_t n_tokens;  /* N */
-  int64_t block;     /* G */
-  int64_t n_blocks;  /* NB = ceil(N/G): blocks that hold a real token */
-  int64_t per_rank;  /* blocks of a rank, padding included; T = per_rank * G */
+  int64_t n_tokens; /* N */
+  int64_t block;    /* G */
+  int64_t n_blocks; /* NB = ceil(N/G): blocks that hold a real token */
+  int64_t per_rank; /* blocks of a rank, padding included; T = per_rank * G */
 };
 
 /* Global block of a rank's local block; >= n_blocks for padding. Increases with `local`. */
@@ -73,13 +74,15 @@ typedef struct halo__slice {
   int64_t n_tiles;     /* over all patterns; 0: nothing to compute in this step */
 } halo__slice;
 
-/* All columns of the plan, the same on every rank: pattern p's are token[offset[p]..offset[p+1]). */
+/* All columns of the plan, the same on every rank: pattern p's are token[offset[p]..offset[p+1]).
+ */
 typedef struct halo__columns {
   int64_t *offset; /* [n_patterns + 1] */
   int32_t *token;  /* global, ascending within a pattern */
 } halo__columns;
 
-/* Who of a rank's queries sees which columns; `index` counts from the start of the pattern's list. */
+/* Who of a rank's queries sees which columns; `index` counts from the start of the pattern's list.
+ */
 typedef struct halo__column_slice {
   halo__rows by_query;  /* row pattern * per_rank + local query block -> runs of indices */
   halo__rows by_column; /* row columns.offset[pattern] + index -> runs of local query blocks */
@@ -91,7 +94,8 @@ typedef struct halo__column_slice {
  *   token[offset[g]..offset[g+1])      ascending; owner and local say where the token lives
  *   owned[owned_offset[r]..owned_offset[r+1])   the entries that rank r owns, ascending: the order
  *                                      in which r sends them and everyone receives them
- *   slot[slot_offset[u] + index]       entry in `token` (absolute) of column `index` of u = b*H+h */
+ *   slot[slot_offset[u] + index]       entry in `token` (absolute) of column `index` of u = b*H+h
+ */
 typedef struct halo__gather {
   struct halo__gather *next; /* of another number of key/value heads; the plan's list */
   int64_t kv_heads;
@@ -127,7 +131,6 @@ halo_status halo__plan_column_slice(const halo__column_slice **out, halo_plan *p
 halo_status halo__plan_gather(const halo__gather **out, halo_plan *p, int64_t kv_heads);
 halo_status halo__plan_tokens(const halo__tokens **out, halo_plan *p, int32_t rank);
 
-
 /* ---- Inside: plan.c, plan_set.c, plan_slice.c and plan_stats.c only -------------------------- */
 
 /* A canonical set of tiles and columns over NB blocks: tiles are disjoint from diagonals, lists are
@@ -150,11 +153,11 @@ typedef struct halo__set {
 /* What (batch, head) pairs share. chosen: as selected. shown: with force rules, clipped to the
  * documents of `row`, redundant columns dropped; this is what is visible and executed. */
 typedef struct halo__pattern {
-  int32_t row; /* documents: index into halo_plan.rows */
+  int32_t row;   /* documents: index into halo_plan.rows */
   int64_t heads; /* how many (batch, head) pairs use it */
   halo__set *chosen;
   halo__set *shown; /* may be `chosen` */
-  int64_t visible_pairs, chosen_pairs; /* -1: not counted yet */
+  int64_t visible_pairs, chosen_pairs;
 } halo__pattern;
 
 /* Documents of one sequence. NULL first: one document, no masked token. */
@@ -197,13 +200,13 @@ struct halo_plan {
   int32_t *pattern_of; /* [B*H] */
   uint64_t hash;
   /* made on first use */
-  halo__slice *slices;            /* [W, W] query rank, source rank */
-  bool *sliced;                   /* [W] slices of this query rank are made */
+  halo__slice *slices; /* [W, W] query rank, source rank */
+  bool *sliced;        /* [W] slices of this query rank are made */
   halo__columns *columns;
   halo__column_slice **column_slices; /* [W] */
-  halo__tokens **tokens;          /* [W] */
-  halo__gather *gathers;          /* one per number of key/value heads asked for */
-  int64_t *tile_counts;           /* [W, W] query rank, flat ring step; then [W] column pairs */
+  halo__tokens **tokens;              /* [W] */
+  halo__gather *gathers;              /* one per number of key/value heads asked for */
+  int64_t *tile_counts;               /* [W, W] query rank, flat ring step; then [W] column pairs */
 };
 
 /* n zeroed items of `bytes`, tagged as plan memory; n 0 gives one. */
@@ -214,6 +217,8 @@ halo_status halo__plan_need(const halo_plan *p, const char *what);
 halo_status halo__plan_check_head(const halo_plan *p, int64_t batch, int64_t head, bool all,
                                   const char *what);
 void halo__plan_drop_slices(halo_plan *p);
+/* plan_stats.c: fill the pair counts of a pattern. */
+void halo__plan_count(const halo_plan *p, halo__pattern *pattern);
 /* Number of forced block distances, counted from 0. */
 int64_t halo__plan_forced_diagonals(const halo_plan *p);
 
@@ -230,7 +235,8 @@ typedef enum halo__kind { HALO__NONE = 0, HALO__PARTIAL = 1, HALO__FULL = 2 } ha
 static inline halo__kind halo__tile_kind(const halo_plan *p, const halo__row *row, int64_t query,
                                          int64_t key) {
   const int64_t g = p->layout.block;
-  if (key > query || row->lo[query] > key * g + g - 1) return HALO__NONE;
+  if (key > query || row->lo[query] > key * g + g - 1)
+    return HALO__NONE;
   const bool below = key < query || g == 1;
   return below && row->hi[query] <= key * g ? HALO__FULL : HALO__PARTIAL;
 }
@@ -238,7 +244,8 @@ static inline halo__kind halo__tile_kind(const halo_plan *p, const halo__row *ro
 static inline halo__kind halo__column_kind(const halo_plan *p, const halo__row *row, int64_t query,
                                            int64_t token) {
   const int64_t g = p->layout.block;
-  if (token / g > query || row->lo[query] > token) return HALO__NONE;
+  if (token / g > query || row->lo[query] > token)
+    return HALO__NONE;
   return token <= query * g && row->hi[query] <= token ? HALO__FULL : HALO__PARTIAL;
 }
 
@@ -265,8 +272,11 @@ static inline int64_t halo__lower_bound(const int32_t *list, int64_t begin, int6
 }
 /* Sort in place, drop repeats, return how many remain; free of charge when already sorted. */
 int64_t halo__sort_unique(int32_t *list, int64_t n);
-/* Words of a bitmap over n_blocks distances: always one bit more, so that "below NB" is a look-up. */
-static inline int64_t halo__set_words(int64_t n_blocks) { return n_blocks / 64 + 1; }
+/* Words of a bitmap over n_blocks distances: always one bit more, so that "below NB" is a look-up.
+ */
+static inline int64_t halo__set_words(int64_t n_blocks) {
+  return n_blocks / 64 + 1;
+}
 /* A set of diagonals (bitmap copied) and tiles given as sorted, distinct query * NB + key; those a
  * diagonal covers are left out. Columns (sorted, distinct) are added afterwards, once. */
 halo_status halo__set_new(halo__set **out, int64_t n_blocks, const uint64_t *diagonal,

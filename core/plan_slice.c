@@ -6,7 +6,8 @@
  * come in ascending order and each belongs to exactly one source:
  *
  *   striped, W = 2, row 5, active keys 0 1 2 3 5       source 0: blocks 0 2       -> local run 0..1
- *                                                      source 1: blocks 1 3 | 5   -> 0..1 full, 2 part
+ *                                                      source 1: blocks 1 3 | 5   -> 0..1 full, 2
+ * part
  *
  * Local order follows global order, so neighbours in a shard become runs, whatever the layout; the
  * kernel may treat a run as one long tile. A run never mixes full and partial tiles.
@@ -17,7 +18,8 @@
 
 #include <string.h>
 
-/* ---- Rows of runs ----------------------------------------------------------------------------- */
+/* ---- Rows of runs -----------------------------------------------------------------------------
+ */
 
 /* Rows that grow at the end. */
 typedef struct builder {
@@ -41,7 +43,8 @@ static halo_status builder_open(builder *b, int64_t n_rows) {
 static halo_status builder_resize(builder *b, int64_t capacity) {
   halo__span *run;
   HALO_TRY(halo__plan_alloc(&run, capacity, sizeof *run));
-  if (b->n_runs) memcpy(run, b->rows.run, (size_t)b->n_runs * sizeof *run);
+  if (b->n_runs)
+    memcpy(run, b->rows.run, (size_t)b->n_runs * sizeof *run);
   halo__free(b->rows.run);
   b->rows.run = run;
   b->capacity = capacity;
@@ -59,7 +62,8 @@ static halo_status builder_add(builder *b, int64_t item, bool partial) {
       return HALO_OK;
     }
   }
-  if (b->n_runs == b->capacity) HALO_TRY(builder_resize(b, b->capacity ? 2 * b->capacity : 64));
+  if (b->n_runs == b->capacity)
+    HALO_TRY(builder_resize(b, b->capacity ? 2 * b->capacity : 64));
   b->rows.run[b->n_runs++] = (halo__span){.first = (int32_t)item, .count = 1, .partial = partial};
   return HALO_OK;
 }
@@ -70,13 +74,15 @@ static void builder_end_row(builder *b, int64_t row) {
 
 /* Give the rows away, without spare room. */
 static halo_status builder_close(builder *b, halo__rows *out) {
-  if (b->capacity != b->n_runs) HALO_TRY(builder_resize(b, b->n_runs));
+  if (b->capacity != b->n_runs)
+    HALO_TRY(builder_resize(b, b->n_runs));
   *out = b->rows;
   b->rows = (halo__rows){0};
   return HALO_OK;
 }
 
-/* Transpose rows in groups of `in_rows`: item i of group g's row a becomes item a of row base[g]+i. */
+/* Transpose rows in groups of `in_rows`: item i of group g's row a becomes item a of row base[g]+i.
+ */
 static halo_status transpose(halo__rows *out, const halo__rows *in, int64_t in_rows,
                              const int64_t *base, int64_t n_groups) {
   halo_status status = HALO_OK;
@@ -99,15 +105,19 @@ static halo_status transpose(halo__rows *out, const halo__rows *in, int64_t in_r
             last->count++;
           } else {
             *last = (halo__span){.first = a, .count = 1, .partial = run.partial};
-            if (pass == 0) t.offset[o + 1]++;
+            if (pass == 0)
+              t.offset[o + 1]++;
             at[o]++;
           }
-          if (pass == 1) t.run[t.offset[o] + at[o] - 1] = *last;
+          if (pass == 1)
+            t.run[t.offset[o] + at[o] - 1] = *last;
         }
       }
     }
-    if (pass == 1) break;
-    for (int64_t o = 0; o < t.n_rows; o++) t.offset[o + 1] += t.offset[o];
+    if (pass == 1)
+      break;
+    for (int64_t o = 0; o < t.n_rows; o++)
+      t.offset[o + 1] += t.offset[o];
     HALO_TRY_GOTO(halo__plan_alloc(&t.run, t.offset[t.n_rows], sizeof *t.run));
     memset(tail, 0, (size_t)t.n_rows * sizeof *tail);
     memset(at, 0, (size_t)t.n_rows * sizeof *at);
@@ -121,14 +131,16 @@ done:
   return status;
 }
 
-/* ---- Tiles ------------------------------------------------------------------------------------ */
+/* ---- Tiles ------------------------------------------------------------------------------------
+ */
 
 /* Row `row` of every source's builder: the active tiles of one query block. */
 static halo_status cut_row(builder *to, const halo_plan *p, const halo__pattern *pattern,
                            int64_t query) {
   const halo_layout *l = &p->layout;
   const halo__row *row = &p->rows[pattern->row];
-  if (query >= l->n_blocks || row->lo[query] == INT32_MAX) return HALO_OK;
+  if (query >= l->n_blocks || row->lo[query] == INT32_MAX)
+    return HALO_OK;
   for (halo__walk w = halo__walk_begin(pattern->shown, query, row->lo[query] / l->block);
        w.key >= 0; halo__walk_next(&w)) {
     const halo__kind kind = halo__tile_kind(p, row, query, w.key);
@@ -149,12 +161,15 @@ static halo_status cut_slices(halo__slice *out, const halo_plan *p, int32_t quer
   int64_t *base = NULL;
   HALO_TRY_GOTO(halo__plan_alloc(&to, l->world, sizeof *to));
   HALO_TRY_GOTO(halo__plan_alloc(&base, p->n_patterns + 1, sizeof *base));
-  for (int64_t i = 0; i <= p->n_patterns; i++) base[i] = i * l->per_rank;
-  for (int32_t s = 0; s < l->world; s++) HALO_TRY_GOTO(builder_open(&to[s], n_rows));
+  for (int64_t i = 0; i <= p->n_patterns; i++)
+    base[i] = i * l->per_rank;
+  for (int32_t s = 0; s < l->world; s++)
+    HALO_TRY_GOTO(builder_open(&to[s], n_rows));
   for (int64_t row = 0; row < n_rows; row++) {
     const int64_t query = halo__layout_block_global(l, query_rank, row % l->per_rank);
     HALO_TRY_GOTO(cut_row(to, p, &p->patterns[row / l->per_rank], query));
-    for (int32_t s = 0; s < l->world; s++) builder_end_row(&to[s], row);
+    for (int32_t s = 0; s < l->world; s++)
+      builder_end_row(&to[s], row);
   }
   for (int32_t s = 0; s < l->world; s++) {
     out[s].n_tiles = to[s].items;
@@ -164,7 +179,8 @@ static halo_status cut_slices(halo__slice *out, const halo_plan *p, int32_t quer
 done:
   for (int32_t s = 0; to && s < l->world; s++) {
     rows_free(&to[s].rows);
-    if (status == HALO_OK) continue;
+    if (status == HALO_OK)
+      continue;
     rows_free(&out[s].by_query);
     rows_free(&out[s].by_key);
   }
@@ -185,8 +201,10 @@ halo_status halo__plan_slice(const halo__slice **out, halo_plan *p, int32_t quer
   HALO_TRY(check_rank(p, query_rank, "plan_slice"));
   HALO_TRY(check_rank(p, source_rank, "plan_slice"));
   const int64_t world = p->layout.world;
-  if (!p->sliced) HALO_TRY(halo__plan_alloc(&p->sliced, world, sizeof *p->sliced));
-  if (!p->slices) HALO_TRY(halo__plan_alloc(&p->slices, world * world, sizeof *p->slices));
+  if (!p->sliced)
+    HALO_TRY(halo__plan_alloc(&p->sliced, world, sizeof *p->sliced));
+  if (!p->slices)
+    HALO_TRY(halo__plan_alloc(&p->slices, world * world, sizeof *p->slices));
   halo__slice *mine = p->slices + query_rank * world;
   if (!p->sliced[query_rank]) {
     HALO_TRY(cut_slices(mine, p, query_rank));
@@ -196,10 +214,12 @@ halo_status halo__plan_slice(const halo__slice **out, halo_plan *p, int32_t quer
   return HALO_OK;
 }
 
-/* ---- Columns ---------------------------------------------------------------------------------- */
+/* ---- Columns ----------------------------------------------------------------------------------
+ */
 
 static void columns_free(halo__columns *c) {
-  if (!c) return;
+  if (!c)
+    return;
   halo__free(c->offset);
   halo__free(c->token);
   halo__free(c);
@@ -226,7 +246,8 @@ halo_status halo__plan_columns(const halo__columns **out, halo_plan *p) {
   }
   *out = c;
 done:
-  if (status != HALO_OK) columns_free(c);
+  if (status != HALO_OK)
+    columns_free(c);
   return status;
 }
 
@@ -236,23 +257,27 @@ static halo_status cut_column_row(builder *to, const halo_plan *p, const halo__p
   const int64_t g = p->layout.block;
   const halo__row *row = &p->rows[pattern->row];
   const halo__set *s = pattern->shown;
-  if (query >= p->layout.n_blocks || row->lo[query] == INT32_MAX) return HALO_OK;
+  if (query >= p->layout.n_blocks || row->lo[query] == INT32_MAX)
+    return HALO_OK;
   const int64_t end = halo__lower_bound(s->column, 0, s->n_columns, (query + 1) * g);
   int64_t i = halo__lower_bound(s->column, 0, end, row->lo[query]);
   while (i < end) {
     const int64_t key = s->column[i] / g;
     const bool covered = halo__set_has(s, query, key);
     for (; i < end && s->column[i] < (key + 1) * g; i++) {
-      if (covered) continue;
+      if (covered)
+        continue;
       const halo__kind kind = halo__column_kind(p, row, query, s->column[i]);
-      if (kind != HALO__NONE) HALO_TRY(builder_add(to, i, kind == HALO__PARTIAL));
+      if (kind != HALO__NONE)
+        HALO_TRY(builder_add(to, i, kind == HALO__PARTIAL));
     }
   }
   return HALO_OK;
 }
 
 static void column_slice_free(halo__column_slice *c) {
-  if (!c) return;
+  if (!c)
+    return;
   rows_free(&c->by_query);
   rows_free(&c->by_column);
   halo__free(c);
@@ -280,7 +305,8 @@ static halo_status cut_columns(halo__column_slice **out, halo_plan *p, int32_t q
   *out = c;
 done:
   rows_free(&b.rows);
-  if (status != HALO_OK) column_slice_free(c);
+  if (status != HALO_OK)
+    column_slice_free(c);
   return status;
 }
 
@@ -297,10 +323,12 @@ halo_status halo__plan_column_slice(const halo__column_slice **out, halo_plan *p
   return HALO_OK;
 }
 
-/* ---- What to gather --------------------------------------------------------------------------- */
+/* ---- What to gather ---------------------------------------------------------------------------
+ */
 
 static void gather_free(halo__gather *g) {
-  if (!g) return;
+  if (!g)
+    return;
   halo__free(g->offset);
   halo__free(g->token);
   halo__free(g->owner);
@@ -323,8 +351,10 @@ static void gather_unions(halo__gather *g, const halo_plan *p, const halo__colum
       const int32_t pattern = p->pattern_of[group * share + k];
       const int64_t length = columns->offset[pattern + 1] - columns->offset[pattern];
       bool seen = false; /* heads of one pattern bring the same list */
-      for (int64_t e = 0; e < k && !seen; e++) seen = p->pattern_of[group * share + e] == pattern;
-      if (seen || !length) continue;
+      for (int64_t e = 0; e < k && !seen; e++)
+        seen = p->pattern_of[group * share + e] == pattern;
+      if (seen || !length)
+        continue;
       memcpy(list + n, columns->token + columns->offset[pattern], (size_t)length * sizeof *list);
       n += length;
     }
@@ -341,9 +371,12 @@ static void gather_owners(halo__gather *g, const halo_layout *l) {
     g->local[i] = (int32_t)(block * l->block + g->token[i] % l->block);
     g->owned_offset[g->owner[i] + 1]++;
   }
-  for (int32_t r = 0; r < l->world; r++) g->owned_offset[r + 1] += g->owned_offset[r];
-  for (int64_t i = 0; i < g->n_entries; i++) g->owned[g->owned_offset[g->owner[i]]++] = (int32_t)i;
-  for (int32_t r = l->world; r > 0; r--) g->owned_offset[r] = g->owned_offset[r - 1];
+  for (int32_t r = 0; r < l->world; r++)
+    g->owned_offset[r + 1] += g->owned_offset[r];
+  for (int64_t i = 0; i < g->n_entries; i++)
+    g->owned[g->owned_offset[g->owner[i]]++] = (int32_t)i;
+  for (int32_t r = l->world; r > 0; r--)
+    g->owned_offset[r] = g->owned_offset[r - 1];
   g->owned_offset[0] = 0;
 }
 
@@ -378,13 +411,15 @@ static halo_status make_gather(halo__gather **out, halo_plan *p, int64_t kv_head
     const int32_t *list = columns->token + columns->offset[p->pattern_of[u]];
     int64_t at = g->offset[u / share];
     for (int64_t i = g->slot_offset[u]; i < g->slot_offset[u + 1]; i++) {
-      while (g->token[at] < list[i - g->slot_offset[u]]) at++;
+      while (g->token[at] < list[i - g->slot_offset[u]])
+        at++;
       g->slot[i] = (int32_t)at;
     }
   }
   *out = g;
 done:
-  if (status != HALO_OK) gather_free(g);
+  if (status != HALO_OK)
+    gather_free(g);
   return status;
 }
 
@@ -394,7 +429,8 @@ halo_status halo__plan_gather(const halo__gather **out, halo_plan *p, int64_t kv
              "plan_gather: %lld key/value heads do not divide the plan's %lld heads",
              (long long)kv_heads, (long long)p->n_heads);
   halo__gather *g = p->gathers;
-  while (g && g->kv_heads != kv_heads) g = g->next;
+  while (g && g->kv_heads != kv_heads)
+    g = g->next;
   if (!g) {
     HALO_TRY(make_gather(&g, p, kv_heads));
     g->next = p->gathers;
@@ -404,10 +440,12 @@ halo_status halo__plan_gather(const halo__gather **out, halo_plan *p, int64_t kv
   return HALO_OK;
 }
 
-/* ---- The token test --------------------------------------------------------------------------- */
+/* ---- The token test ---------------------------------------------------------------------------
+ */
 
 static void tokens_free(halo__tokens *t) {
-  if (!t) return;
+  if (!t)
+    return;
   halo__free(t->position);
   halo__free(t->first);
   halo__free(t);
@@ -418,7 +456,8 @@ static halo_status make_tokens(halo__tokens **out, const halo_plan *p, int32_t r
   const halo_layout *l = &p->layout;
   const int64_t t_local = halo_layout_local_tokens(l);
   bool documents = false;
-  for (int64_t i = 0; i < p->n_rows; i++) documents = documents || p->rows[i].first;
+  for (int64_t i = 0; i < p->n_rows; i++)
+    documents = documents || p->rows[i].first;
   const int64_t rows = documents ? p->n_batch : 1;
   halo__tokens *t = NULL;
   HALO_TRY_GOTO(halo__plan_alloc(&t, 1, sizeof *t));
@@ -435,19 +474,23 @@ static halo_status make_tokens(halo__tokens **out, const halo_plan *p, int32_t r
   t->first_stride = documents ? t_local : 0;
   *out = t;
 done:
-  if (status != HALO_OK) tokens_free(t);
+  if (status != HALO_OK)
+    tokens_free(t);
   return status;
 }
 
 halo_status halo__plan_tokens(const halo__tokens **out, halo_plan *p, int32_t rank) {
   HALO_TRY(check_rank(p, rank, "plan_tokens"));
-  if (!p->tokens) HALO_TRY(halo__plan_alloc(&p->tokens, p->layout.world, sizeof *p->tokens));
-  if (!p->tokens[rank]) HALO_TRY(make_tokens(&p->tokens[rank], p, rank));
+  if (!p->tokens)
+    HALO_TRY(halo__plan_alloc(&p->tokens, p->layout.world, sizeof *p->tokens));
+  if (!p->tokens[rank])
+    HALO_TRY(make_tokens(&p->tokens[rank], p, rank));
   *out = p->tokens[rank];
   return HALO_OK;
 }
 
-/* ---- The end ---------------------------------------------------------------------------------- */
+/* ---- The end ----------------------------------------------------------------------------------
+ */
 
 void halo__plan_drop_slices(halo_plan *p) {
   const int64_t world = p->layout.world;
@@ -455,8 +498,10 @@ void halo__plan_drop_slices(halo_plan *p) {
     rows_free(&p->slices[i].by_query);
     rows_free(&p->slices[i].by_key);
   }
-  for (int64_t r = 0; p->column_slices && r < world; r++) column_slice_free(p->column_slices[r]);
-  for (int64_t r = 0; p->tokens && r < world; r++) tokens_free(p->tokens[r]);
+  for (int64_t r = 0; p->column_slices && r < world; r++)
+    column_slice_free(p->column_slices[r]);
+  for (int64_t r = 0; p->tokens && r < world; r++)
+    tokens_free(p->tokens[r]);
   while (p->gathers) {
     halo__gather *next = p->gathers->next;
     gather_free(p->gathers);

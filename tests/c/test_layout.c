@@ -46,7 +46,8 @@ static void every_token_is_dealt_once(void) {
   for (size_t k = 0; k < 3; k++) {
     for (size_t n = 0; n < 9; n++) {
       for (size_t w = 0; w < 5; w++) {
-        for (size_t g = 0; g < 4; g++) check_one(kinds[k], lengths[n], worlds[w], blocks[g]);
+        for (size_t g = 0; g < 4; g++)
+          check_one(kinds[k], lengths[n], worlds[w], blocks[g]);
       }
     }
   }
@@ -63,7 +64,8 @@ static void blocks_lie_as_drawn(void) {
     halo_layout *l = NULL;
     CHECK_OK(halo_layout_new(&l, kinds[k], 24, 3, 2));
     for (int32_t r = 0; r < 3; r++) {
-      for (int64_t b = 0; b < 4; b++) CHECK(halo_layout_global(l, r, 2 * b) == 2 * drawn[k][r][b]);
+      for (int64_t b = 0; b < 4; b++)
+        CHECK(halo_layout_global(l, r, 2 * b) == 2 * drawn[k][r][b]);
     }
     halo_layout_free(l);
   }
