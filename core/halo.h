@@ -494,7 +494,157 @@ HALO_API halo_status halo_attention_recall(double *recall_out, const halo_tensor
 
 /* ---- Data ----------------------------------------------------------------------------------- */
 
+/* Memory that a call below handed out (ids, text, lists of files). */
+HALO_API void halo_buffer_free(void *p);
+
+/* XXH3 64-bit hash of bytes, and of a file's content. Chain by passing the last result as the seed. */
+HALO_API uint64_t halo_hash_bytes(const void *data, size_t n, uint64_t seed);
+HALO_API halo_status halo_hash_file(const char *path, uint64_t *out);
+/* Regular files below a folder (or the file itself) as 0-terminated paths one after the other, in
+ * byte order. Names that start with a dot and links to folders are left out. */
+HALO_API halo_status halo_list_files(char **out, size_t *n_bytes_out, const char *path);
+/* Value at `index` of permutation (seed, stream) of 0..n-1: a Feistel network walked until it falls
+ * below n, so that any element of an epoch's order is known without the others. -1 if out of range. */
+HALO_API int64_t halo_random_permute(int64_t n, uint64_t seed, uint64_t stream, int64_t index);
+
+/* A sequence of documents of token ids: an opened token file, or a choice of another one's documents.
+ * Memory-mapped, read-only, safe to share between threads. Format: core/data.c. */
+typedef struct halo_tokens halo_tokens;
+
+/* Open Halo's token file or llm.c's .bin (magic 20240520 with 16-bit, 20240801 with 32-bit tokens).
+ * separator  llm.c has no table of documents: one starts at every such token (-1: one document)
+ * verify     read everything and compare the checksum and each id with the vocabulary; without it ids
+ *            are checked when read
+ * errors     HALO_ECORRUPT with the reason, HALO_EVERSION, HALO_EIO */
+HALO_API halo_status halo_tokens_open(halo_tokens **out, const char *path, int32_t separator,
+                                      int32_t verify);
+HALO_API void halo_tokens_free(halo_tokens *t);
+HALO_API int64_t halo_tokens_count(const halo_tokens *t);
+HALO_API int64_t halo_tokens_documents(const halo_tokens *t);
+HALO_API int64_t halo_tokens_vocab(const halo_tokens *t);           /* 0: unknown (llm.c) */
+HALO_API uint64_t halo_tokens_tokenizer_hash(const halo_tokens *t); /* 0: unknown (llm.c) */
+/* Fingerprint of the content: tokens, documents, tokenizer, and the choice. */
+HALO_API uint64_t halo_tokens_hash(const halo_tokens *t);
+/* First token and length of a document. */
+HALO_API halo_status halo_tokens_document(const halo_tokens *t, int64_t document, int64_t *first_out,
+                                          int64_t *n_out);
+/* The document that holds a token; -1 if out of range. */
+HALO_API int64_t halo_tokens_find_document(const halo_tokens *t, int64_t token);
+/* XXH3 of a document's ids, the same for every width, file and choice. */
+HALO_API halo_status halo_tokens_document_hash(const halo_tokens *t, int64_t document,
+                                               uint64_t *out);
+/* tokens[0..n) and documents[0..n) from token `first` on; past the end tokens are `pad` and documents
+ * -1. documents may be NULL. HALO_ECORRUPT for an id outside the vocabulary. */
+HALO_API halo_status halo_tokens_read(int32_t *tokens, int32_t *documents, const halo_tokens *t,
+                                      int64_t first, int64_t n, int32_t pad);
+/* The given documents in the given order, and a range of tokens (documents are cut at its ends). */
+HALO_API halo_status halo_tokens_select(halo_tokens **out, halo_tokens *t, const int64_t *documents,
+                                        int64_t n);
+HALO_API halo_status halo_tokens_slice(halo_tokens **out, halo_tokens *t, int64_t first, int64_t n);
+/* Hold out documents: document d goes to valid when its hash, mixed with the seed, falls below
+ * `share`; equal documents never end on both sides. HALO_EARG if a side would be empty. */
+HALO_API halo_status halo_tokens_split(halo_tokens **train_out, halo_tokens **valid_out,
+                                       halo_tokens *t, double share, uint64_t seed);
+
+/* Writes a token file beside its place, and moves it there when complete. */
+typedef struct halo_token_writer halo_token_writer;
+
+HALO_API halo_status halo_token_writer_new(halo_token_writer **out, const char *path,
+                                           int64_t vocab, uint64_t tokenizer_hash);
+/* Drops what was not committed. */
+HALO_API void halo_token_writer_free(halo_token_writer *w);
+/* Add one document; an empty one leaves no trace. */
+HALO_API halo_status halo_token_writer_add(halo_token_writer *w, const int32_t *ids, int64_t n);
+HALO_API int64_t halo_token_writer_count(const halo_token_writer *w);
+HALO_API int64_t halo_token_writer_documents(const halo_token_writer *w);
+/* fsync, rename, fsync the folder; the writer accepts nothing after it. */
+HALO_API halo_status halo_token_writer_commit(halo_token_writer *w);
+
+/* Label of a position that is no target (PyTorch's convention). */
+enum { HALO_NO_TARGET = -100 };
+
+typedef enum halo_sample_flags {
+  HALO_SAMPLE_DOCUMENTS = 1, /* documents do not see each other: no target across a boundary */
+  HALO_SAMPLE_RESTART = 2    /* positions count from the start of each document */
+} halo_sample_flags;
+
+/* n+1 tokens in a row become a training sample of n, labels shifted here, before any layout.
+ * given      tokens, documents [n+1] (document -1 is padding); loss [n+1], 0 where a token is no
+ *            target, or NULL
+ * out        ids[i] = tokens[i]; labels[i] = tokens[i+1] or HALO_NO_TARGET; positions[i];
+ *            segments[i] = 0, 1, ... counting documents within the sample, padding being its own;
+ *            all 0 without HALO_SAMPLE_DOCUMENTS; targets_out = number of targets */
+HALO_API halo_status halo_sample_finish(int32_t *ids, int32_t *labels, int32_t *positions,
+                                        int32_t *segments, int64_t *targets_out,
+                                        const int32_t *tokens, const int32_t *documents,
+                                        const uint8_t *loss, int64_t n, int32_t flags);
+/* out[b,i] = rows[b, map[i]] where map[i] < n, else fill: a rank's part of global rows. */
+HALO_API halo_status halo_rows_gather(int32_t *out, const int32_t *rows, int64_t n_rows, int64_t n,
+                                      const int64_t *map, int64_t n_map, int32_t fill);
+
 /* ---- Tokenizer ------------------------------------------------------------------------------ */
+
+/* Byte-level BPE. Built token by token (Lua reads the files), then frozen; encoding and decoding are
+ * safe from several threads. decode(encode(x)) = x for every sequence of bytes, except that valid
+ * UTF-8 comes back in NFC where the model asks for NFC. */
+typedef struct halo_tokenizer halo_tokenizer;
+
+/* The split patterns that exist; foreign ones are never run. */
+typedef enum halo_split {
+  HALO_SPLIT_NONE = 0, /* the text is one piece */
+  HALO_SPLIT_GPT2 = 1,
+  HALO_SPLIT_QWEN2 = 2,
+  HALO_SPLIT_LLAMA3 = 3
+} halo_split;
+
+enum {
+  HALO_TOKENIZER_NFC = 1,          /* normalise valid UTF-8 before splitting (Qwen) */
+  HALO_TOKENIZER_WHOLE_PIECES = 2, /* a piece that is a token is that token, whatever the merges say */
+  HALO_TOKENIZER_RANKS = 4         /* no merge list: two tokens merge when their joint bytes are a
+                                      token, whose id is the rank (tiktoken) */
+};
+
+enum {
+  HALO_TOKEN_PRINTABLE = 1, /* the text is in GPT-2's printable alphabet, one character per byte */
+  HALO_TOKEN_SPECIAL = 2    /* never made by merging; recognised in text only when asked */
+};
+
+/* For a vocabulary of n_tokens ids, 0 to n_tokens-1. */
+HALO_API halo_status halo_tokenizer_new(halo_tokenizer **out, int64_t n_tokens, int32_t split,
+                                        int32_t flags);
+HALO_API void halo_tokenizer_free(halo_tokenizer *t);
+/* Add a token, or mark one that is there with the same bytes as special. */
+HALO_API halo_status halo_tokenizer_add(halo_tokenizer *t, int32_t id, const char *text, size_t n,
+                                        int32_t flags);
+/* Add the next merge: rank is the number of the call. Both parts and the result must be tokens. */
+HALO_API halo_status halo_tokenizer_add_merge(halo_tokenizer *t, const char *left, size_t n_left,
+                                              const char *right, size_t n_right, int32_t flags);
+/* Check (no id missing, every byte a token) and freeze. */
+HALO_API halo_status halo_tokenizer_finish(halo_tokenizer *t);
+
+HALO_API int64_t halo_tokenizer_vocab(const halo_tokenizer *t);
+/* Hash of all that decides ids: split, flags, tokens, merges. */
+HALO_API uint64_t halo_tokenizer_hash(const halo_tokenizer *t);
+/* Bytes of a token, borrowed; NULL if there is none. */
+HALO_API const char *halo_tokenizer_token(const halo_tokenizer *t, int32_t id, size_t *n_out,
+                                          int32_t *is_special_out);
+/* The id of exactly these bytes; -1 if there is none. */
+HALO_API int32_t halo_tokenizer_find(const halo_tokenizer *t, const char *bytes, size_t n);
+/* Text to ids.
+ * parse_special  1: special tokens written in the text become their ids; 0: they are text like any
+ *                other, as data from strangers must be
+ * ownership      *ids_out is yours, halo_buffer_free */
+HALO_API halo_status halo_tokenizer_encode(int32_t **ids_out, int64_t *n_out,
+                                           const halo_tokenizer *t, const char *text, size_t n,
+                                           int32_t parse_special);
+/* Ids to bytes, not 0-terminated; HALO_EARG naming the first id outside the vocabulary.
+ * ownership  *text_out is yours, halo_buffer_free */
+HALO_API halo_status halo_tokenizer_decode(char **text_out, size_t *n_out, const halo_tokenizer *t,
+                                           const int32_t *ids, int64_t n);
+/* GPT-2's printable alphabet and back: one character per byte, so that any bytes make a JSON string.
+ * ownership  *out is yours, halo_buffer_free */
+HALO_API halo_status halo_tokenizer_printable(char **out, size_t *n_out, const char *bytes, size_t n,
+                                              int32_t reverse);
 
 /* ---- Trace ---------------------------------------------------------------------------------- */
 
