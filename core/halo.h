@@ -494,15 +494,12 @@ HALO_API halo_status halo_attention_recall(double *recall_out, const halo_tensor
 
 /* ---- Data ----------------------------------------------------------------------------------- */
 
-/* Memory that a call below handed out (ids, text, lists of files). */
+/* Memory that a call below handed out (ids, text). */
 HALO_API void halo_buffer_free(void *p);
 
 /* XXH3 64-bit hash of bytes, and of a file's content. Chain by passing the last result as the seed. */
 HALO_API uint64_t halo_hash_bytes(const void *data, size_t n, uint64_t seed);
 HALO_API halo_status halo_hash_file(const char *path, uint64_t *out);
-/* Regular files below a folder (or the file itself) as 0-terminated paths one after the other, in
- * byte order. Names that start with a dot and links to folders are left out. */
-HALO_API halo_status halo_list_files(char **out, size_t *n_bytes_out, const char *path);
 /* Value at `index` of permutation (seed, stream) of 0..n-1: a Feistel network walked until it falls
  * below n, so that any element of an epoch's order is known without the others. -1 if out of range. */
 HALO_API int64_t halo_random_permute(int64_t n, uint64_t seed, uint64_t stream, int64_t index);
