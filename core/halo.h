@@ -490,6 +490,68 @@ HALO_API halo_status halo_attention_recall(double *recall_out, const halo_tensor
 
 /* ---- Safetensors ---------------------------------------------------------------------------- */
 
+/* Weights in Hugging Face's safetensors format. Files are taken to be hostile: see safetensors.c for
+ * what is refused, and how much stricter than the reference that is. */
+typedef struct halo_safetensors halo_safetensors;
+
+/* A tensor of a file. Strings are borrowed from the handle. */
+typedef struct halo_safetensors_info {
+  const char *name;
+  const char *code;            /* the file's dtype: "F32", "BF16", "F8_E4M3", ... */
+  const char *file;            /* path of the file or shard that holds it */
+  int32_t dtype;               /* halo_dtype with the same bytes, -1 if there is none */
+  int32_t ndim;
+  int64_t shape[HALO_MAX_DIMS];
+  int64_t count, bytes;
+  int64_t offset;              /* of its first byte in the file */
+} halo_safetensors_info;
+
+/* Open one file, an index (*.index.json), or a folder with model.safetensors or
+ * model.safetensors.index.json; headers of all shards are read and checked now.
+ * follow_links: allow symbolic links (snapshots of the Hugging Face cache are links); default no.
+ * errors   HALO_ECORRUPT for content that contradicts the format or itself; HALO_EARG for what is not
+ *          a regular file, and for pickles; HALO_EIO when it cannot be read
+ * The handle holds memory only, no open files. */
+HALO_API halo_status halo_safetensors_open(halo_safetensors **out, const char *path,
+                                           int32_t follow_links);
+HALO_API void halo_safetensors_free(halo_safetensors *s);
+/* Tensors of all shards, sorted by name. */
+HALO_API int64_t halo_safetensors_count(const halo_safetensors *s);
+HALO_API int64_t halo_safetensors_find(const halo_safetensors *s, const char *name); /* -1: absent */
+HALO_API halo_status halo_safetensors_describe(halo_safetensors_info *out, const halo_safetensors *s,
+                                               int64_t index);
+/* __metadata__ of the (first) file, sorted by key; NULL when absent. Borrowed. */
+HALO_API int64_t halo_safetensors_metadata_count(const halo_safetensors *s);
+HALO_API const char *halo_safetensors_metadata_key(const halo_safetensors *s, int64_t i);
+HALO_API const char *halo_safetensors_metadata(const halo_safetensors *s, const char *key);
+/* Elements [first, first+count) in row-major order into host memory, converted to dtype: floats
+ * (F64, F32, F16, BF16, F8_E4M3, F8_E5M2) to floats, integers and BOOL to anything that holds their
+ * values (HALO_EARG if one does not fit).
+ * errors   HALO_EIO if the file is no longer the one that was opened */
+HALO_API halo_status halo_safetensors_read(const halo_safetensors *s, int64_t index, int64_t first,
+                                           int64_t count, void *to, int32_t dtype);
+/* The file's own bytes of a tensor, any dtype. */
+HALO_API halo_status halo_safetensors_read_raw(const halo_safetensors *s, int64_t index,
+                                               int64_t first_byte, int64_t bytes, void *to);
+/* A whole tensor into one of the same shape, any dtype, device and strides. */
+HALO_API halo_status halo_safetensors_load(halo_tensor *to, const halo_safetensors *s, int64_t index);
+
+/* Writing: collect tensors (they are retained, not copied), then save. */
+typedef struct halo_safetensors_writer halo_safetensors_writer;
+HALO_API halo_status halo_safetensors_writer_new(halo_safetensors_writer **out);
+HALO_API void halo_safetensors_writer_free(halo_safetensors_writer *w);
+/* __metadata__; {"format":"pt"} is there from the start, because Transformers asks for it. */
+HALO_API halo_status halo_safetensors_writer_metadata(halo_safetensors_writer *w, const char *key,
+                                                      const char *value);
+/* code: dtype in the file ("F32", "BF16", "F16", ...), NULL for the tensor's own. */
+HALO_API halo_status halo_safetensors_writer_add(halo_safetensors_writer *w, const char *name,
+                                                 halo_tensor *tensor, const char *code);
+/* A path ending in .safetensors is one file; anything else is a folder (made if missing) that gets
+ * model.safetensors, or shards of at most max_shard_bytes (0: no limit) and their index; weight files
+ * of an earlier save there are removed. The name appears when the content is on the device. */
+HALO_API halo_status halo_safetensors_writer_save(halo_safetensors_writer *w, const char *path,
+                                                  int64_t max_shard_bytes);
+
 /* ---- Checkpoint ----------------------------------------------------------------------------- */
 
 /* ---- Data ----------------------------------------------------------------------------------- */

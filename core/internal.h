@@ -185,4 +185,150 @@ void halo__trace_comm_end(int64_t seq);
 /* Write the recorder to fd; safe in a signal handler. */
 bool halo__trace_flight_write(int fd);
 
+/* ---- json.c --------------------------------------------------------------------------------- */
+
+typedef enum halo__json_kind {
+  HALO__JSON_ERROR = -1,
+  HALO__JSON_END,
+  HALO__JSON_OBJECT,
+  HALO__JSON_OBJECT_END,
+  HALO__JSON_ARRAY,
+  HALO__JSON_ARRAY_END,
+  HALO__JSON_KEY,
+  HALO__JSON_STRING,
+  HALO__JSON_NUMBER,
+  HALO__JSON_TRUE,
+  HALO__JSON_FALSE,
+  HALO__JSON_NULL
+} halo__json_kind;
+
+enum { HALO__JSON_DEPTH = 64 };
+
+/* Strict pull parser over a text of our own: strings are decoded in place. */
+typedef struct halo__json {
+  char *start, *at, *end;
+  int32_t state, depth, max_depth;
+  uint64_t objects; /* bit d: level d is an object */
+  char *text;       /* the last key, string or number; strings end in NUL */
+  size_t length;
+  const char *error;
+  size_t error_offset;
+} halo__json;
+
+void halo__json_init(halo__json *j, char *text, size_t length, int32_t max_depth);
+/* The next token; HALO__JSON_END only after one whole value and white space. An error stays. */
+halo__json_kind halo__json_next(halo__json *j);
+/* Pass over the value that `kind` began (of the key, when kind is KEY); false on error. */
+bool halo__json_skip(halo__json *j, halo__json_kind kind);
+/* Whether the last key or string is `text`. */
+bool halo__json_is(const halo__json *j, const char *text);
+/* The last number, if it is written as an integer and fits. */
+bool halo__json_int(const halo__json *j, int64_t *out);
+/* HALO_ECORRUPT with offset and reason; `what` names the file. */
+halo_status halo__json_error(const halo__json *j, const char *what);
+bool halo__is_utf8(const char *bytes, size_t n);
+
+/* A growing text, always with a NUL behind it; {0} is empty. */
+typedef struct halo__text {
+  char *text;
+  size_t n, capacity;
+} halo__text;
+halo_status halo__text_add(halo__text *t, const char *bytes, size_t n);
+/* At most 511 bytes a call. */
+halo_status halo__text_print(halo__text *t, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+/* As a JSON string. */
+halo_status halo__text_quote(halo__text *t, const char *bytes, size_t n);
+void halo__text_free(halo__text *t);
+
+/* ---- sha256.c ------------------------------------------------------------------------------- */
+
+typedef struct halo__sha256 {
+  uint32_t h[8];
+  uint64_t bytes;
+  uint8_t block[64];
+  void (*blocks)(uint32_t h[8], const uint8_t *p, size_t n_blocks);
+} halo__sha256;
+
+/* portable: without the processor's SHA instructions (tests compare both). */
+void halo__sha256_init(halo__sha256 *s, bool portable);
+void halo__sha256_add(halo__sha256 *s, const void *data, size_t n);
+/* Lower-case hex and a NUL. */
+void halo__sha256_end(halo__sha256 *s, char hex_out[65]);
+
+/* ---- file.c --------------------------------------------------------------------------------- */
+
+enum { HALO__PATH = 4096, HALO__CHUNK = 4 << 20 };
+
+/* Calls that change the file system. The hook is asked before each one and answers 0 (go on), an
+ * errno (fail with it), or -k (a write takes at most k bytes). `to` is the target of a rename. */
+typedef enum halo__file_call {
+  HALO__FILE_CREATE,
+  HALO__FILE_ALLOCATE,
+  HALO__FILE_WRITE,
+  HALO__FILE_SYNC, /* of a file or a folder */
+  HALO__FILE_MKDIR,
+  HALO__FILE_RENAME,
+  HALO__FILE_EXCHANGE,
+  HALO__FILE_REMOVE
+} halo__file_call;
+extern int (*halo__file_hook)(halo__file_call call, const char *path, const char *to);
+
+typedef struct halo__names {
+  char **name;
+  int32_t n;
+} halo__names;
+
+/* `who` is the name of the public function, for messages. */
+halo_status halo__file_join(char out[HALO__PATH], const char *who, const char *folder,
+                            const char *name);
+void halo__file_parent(char *out, size_t capacity, const char *path);
+/* [A-Za-z0-9._-]{1,255} without a leading dot: a name that cannot leave its folder. */
+bool halo__file_is_plain_name(const char *name, size_t length);
+halo_status halo__file_list(halo__names *out, const char *who, const char *folder); /* sorted */
+void halo__names_free(halo__names *names);
+halo_status halo__file_mkdir(const char *who, const char *path); /* no complaint if it is there */
+halo_status halo__file_rename(const char *who, const char *from, const char *to);
+halo_status halo__file_exchange(const char *who, const char *a, const char *b); /* atomic swap */
+halo_status halo__file_sync_folder(const char *who, const char *path);
+/* Links are removed, not followed; nothing there is fine. */
+halo_status halo__file_remove_tree(const char *who, const char *path, int32_t max_depth);
+
+/* An open regular file, and who it was when it was opened. */
+typedef struct halo__input {
+  int fd;
+  int64_t size, mtime_ns;
+  uint64_t device, inode;
+} halo__input;
+halo_status halo__input_open(halo__input *out, const char *who, const char *path, bool follow_links);
+void halo__input_close(halo__input *in);
+bool halo__input_same(const halo__input *a, const halo__input *b);
+/* HALO_EIO when the file is shorter than that. */
+halo_status halo__input_read(const halo__input *in, const char *who, const char *path, void *to,
+                             int64_t n, int64_t offset);
+/* A whole small file, NUL behind it; halo__free it. Larger than max_bytes: HALO_ECORRUPT. */
+halo_status halo__file_slurp(char **text_out, int64_t *bytes_out, const char *who, const char *path,
+                             int64_t max_bytes, bool follow_links);
+
+/* What a file must contain: XXH3-64 of each HALO__CHUNK bytes, SHA-256 of all. */
+typedef struct halo__digest {
+  int64_t bytes, n_chunks;
+  uint64_t *chunks; /* halo__digest_free */
+  char sha256[65];
+} halo__digest;
+void halo__digest_free(halo__digest *d);
+/* HALO_ECORRUPT when the file differs; deep: the SHA-256 too. */
+halo_status halo__file_verify(const char *who, const char *path, const halo__digest *d, bool deep);
+
+/* A new file written in order; see file.c for what closing proves. close and abandon free it; a
+ * failed close has removed the file. `who` must outlive the sink. */
+typedef struct halo__sink halo__sink;
+halo_status halo__sink_open(halo__sink **out, const char *who, const char *path,
+                            int64_t expected_bytes, bool wants_digest);
+halo_status halo__sink_write(halo__sink *s, const void *data, int64_t n);
+halo_status halo__sink_close(halo__sink *s, halo__digest *digest_out);
+void halo__sink_abandon(halo__sink *s);
+halo_status halo__file_write(const char *who, const char *path, const void *data, int64_t bytes,
+                             halo__digest *digest_out);
+
 #endif
