@@ -15,7 +15,7 @@
  *              V vocabulary, G block edge in tokens; dims and indices are 0-based
  *
  * Banners, from simple to advanced: Status, Device and memory, Random, Tensor, Ops, Autograd,
- * Optimizer, Communication, Layout, Plan, Ring, Attention, Safetensors, Checkpoint, Data, Tokenizer,
+ * Optimizer, Communication, Layout, Plan, Ring, Attention, Safetensors, Checkpoint, Tokenizer, Data,
  * Trace.
  */
 #ifndef HALO_H
@@ -554,94 +554,10 @@ HALO_API halo_status halo_safetensors_writer_save(halo_safetensors_writer *w, co
 
 /* ---- Checkpoint ----------------------------------------------------------------------------- */
 
-/* ---- Data ----------------------------------------------------------------------------------- */
+/* ---- Tokenizer ------------------------------------------------------------------------------ */
 
 /* Memory that a call below handed out (ids, text). */
 HALO_API void halo_buffer_free(void *p);
-
-/* XXH3 64-bit hash of bytes, and of a file's content. Chain by passing the last result as the seed. */
-HALO_API uint64_t halo_hash_bytes(const void *data, size_t n, uint64_t seed);
-HALO_API halo_status halo_hash_file(const char *path, uint64_t *out);
-/* Value at `index` of permutation (seed, stream) of 0..n-1: a Feistel network walked until it falls
- * below n, so that any element of an epoch's order is known without the others. -1 if out of range. */
-HALO_API int64_t halo_random_permute(int64_t n, uint64_t seed, uint64_t stream, int64_t index);
-
-/* A sequence of documents of token ids: an opened token file, or a choice of another one's documents.
- * Memory-mapped, read-only, safe to share between threads. Format: core/data.c. */
-typedef struct halo_tokens halo_tokens;
-
-/* Open Halo's token file or llm.c's .bin (magic 20240520 with 16-bit, 20240801 with 32-bit tokens).
- * separator  llm.c has no table of documents: one starts at every such token (-1: one document)
- * verify     read everything and compare the checksum and each id with the vocabulary; without it ids
- *            are checked when read
- * errors     HALO_ECORRUPT with the reason, HALO_EVERSION, HALO_EIO */
-HALO_API halo_status halo_tokens_open(halo_tokens **out, const char *path, int32_t separator,
-                                      int32_t verify);
-HALO_API void halo_tokens_free(halo_tokens *t);
-HALO_API int64_t halo_tokens_count(const halo_tokens *t);
-HALO_API int64_t halo_tokens_documents(const halo_tokens *t);
-HALO_API int64_t halo_tokens_vocab(const halo_tokens *t);           /* 0: unknown (llm.c) */
-HALO_API uint64_t halo_tokens_tokenizer_hash(const halo_tokens *t); /* 0: unknown (llm.c) */
-/* Fingerprint of the content: tokens, documents, tokenizer, and the choice. */
-HALO_API uint64_t halo_tokens_hash(const halo_tokens *t);
-/* First token and length of a document. */
-HALO_API halo_status halo_tokens_document(const halo_tokens *t, int64_t document, int64_t *first_out,
-                                          int64_t *n_out);
-/* The document that holds a token; -1 if out of range. */
-HALO_API int64_t halo_tokens_find_document(const halo_tokens *t, int64_t token);
-/* XXH3 of a document's ids, the same for every width, file and choice. */
-HALO_API halo_status halo_tokens_document_hash(const halo_tokens *t, int64_t document,
-                                               uint64_t *out);
-/* tokens[0..n) and documents[0..n) from token `first` on; past the end tokens are `pad` and documents
- * -1. documents may be NULL. HALO_ECORRUPT for an id outside the vocabulary. */
-HALO_API halo_status halo_tokens_read(int32_t *tokens, int32_t *documents, const halo_tokens *t,
-                                      int64_t first, int64_t n, int32_t pad);
-/* The given documents in the given order, and a range of tokens (documents are cut at its ends). */
-HALO_API halo_status halo_tokens_select(halo_tokens **out, halo_tokens *t, const int64_t *documents,
-                                        int64_t n);
-HALO_API halo_status halo_tokens_slice(halo_tokens **out, halo_tokens *t, int64_t first, int64_t n);
-/* Hold out documents: document d goes to valid when its hash, mixed with the seed, falls below
- * `share`; equal documents never end on both sides. HALO_EARG if a side would be empty. */
-HALO_API halo_status halo_tokens_split(halo_tokens **train_out, halo_tokens **valid_out,
-                                       halo_tokens *t, double share, uint64_t seed);
-
-/* Writes a token file beside its place, and moves it there when complete. */
-typedef struct halo_token_writer halo_token_writer;
-
-HALO_API halo_status halo_token_writer_new(halo_token_writer **out, const char *path,
-                                           int64_t vocab, uint64_t tokenizer_hash);
-/* Drops what was not committed. */
-HALO_API void halo_token_writer_free(halo_token_writer *w);
-/* Add one document; an empty one leaves no trace. */
-HALO_API halo_status halo_token_writer_add(halo_token_writer *w, const int32_t *ids, int64_t n);
-HALO_API int64_t halo_token_writer_count(const halo_token_writer *w);
-HALO_API int64_t halo_token_writer_documents(const halo_token_writer *w);
-/* fsync, rename, fsync the folder; the writer accepts nothing after it. */
-HALO_API halo_status halo_token_writer_commit(halo_token_writer *w);
-
-/* Label of a position that is no target (PyTorch's convention). */
-enum { HALO_NO_TARGET = -100 };
-
-typedef enum halo_sample_flags {
-  HALO_SAMPLE_DOCUMENTS = 1, /* documents do not see each other: no target across a boundary */
-  HALO_SAMPLE_RESTART = 2    /* positions count from the start of each document */
-} halo_sample_flags;
-
-/* n+1 tokens in a row become a training sample of n, labels shifted here, before any layout.
- * given      tokens, documents [n+1] (document -1 is padding); loss [n+1], 0 where a token is no
- *            target, or NULL
- * out        ids[i] = tokens[i]; labels[i] = tokens[i+1] or HALO_NO_TARGET; positions[i];
- *            segments[i] = 0, 1, ... counting documents within the sample, padding being its own;
- *            all 0 without HALO_SAMPLE_DOCUMENTS; targets_out = number of targets */
-HALO_API halo_status halo_sample_finish(int32_t *ids, int32_t *labels, int32_t *positions,
-                                        int32_t *segments, int64_t *targets_out,
-                                        const int32_t *tokens, const int32_t *documents,
-                                        const uint8_t *loss, int64_t n, int32_t flags);
-/* out[b,i] = rows[b, map[i]] where map[i] < n, else fill: a rank's part of global rows. */
-HALO_API halo_status halo_rows_gather(int32_t *out, const int32_t *rows, int64_t n_rows, int64_t n,
-                                      const int64_t *map, int64_t n_map, int32_t fill);
-
-/* ---- Tokenizer ------------------------------------------------------------------------------ */
 
 /* Byte-level BPE. Built token by token (Lua reads the files), then frozen; encoding and decoding are
  * safe from several threads. decode(encode(x)) = x for every sequence of bytes, except that valid
@@ -704,6 +620,101 @@ HALO_API halo_status halo_tokenizer_decode(char **text_out, size_t *n_out, const
  * ownership  *out is yours, halo_buffer_free */
 HALO_API halo_status halo_tokenizer_printable(char **out, size_t *n_out, const char *bytes, size_t n,
                                               int32_t reverse);
+
+/* ---- Data ----------------------------------------------------------------------------------- */
+
+/* XXH3 64-bit hash of bytes, and of a file's content. Chain by passing the last result as the seed. */
+HALO_API uint64_t halo_hash_bytes(const void *data, size_t n, uint64_t seed);
+HALO_API halo_status halo_hash_file(const char *path, uint64_t *out);
+/* Value at `index` of permutation (seed, stream) of 0..n-1: a Feistel network walked until it falls
+ * below n, so that any element of an epoch's order is known without the others. -1 if out of range. */
+HALO_API int64_t halo_random_permute(int64_t n, uint64_t seed, uint64_t stream, int64_t index);
+
+/* A sequence of documents of token ids: an opened token file, or a choice of another one's documents.
+ * Memory-mapped, read-only, safe to share between threads. Format: core/data.c. */
+typedef struct halo_tokens halo_tokens;
+
+/* Open Halo's token file or llm.c's .bin (magic 20240520 with 16-bit, 20240801 with 32-bit tokens).
+ * separator  llm.c has no table of documents: one starts at every such token (-1: one document)
+ * verify     read everything and compare the checksum and each id with the vocabulary; without it ids
+ *            are checked when read
+ * errors     HALO_ECORRUPT with the reason, HALO_EVERSION, HALO_EIO */
+HALO_API halo_status halo_tokens_open(halo_tokens **out, const char *path, int32_t separator,
+                                      int32_t verify);
+HALO_API void halo_tokens_free(halo_tokens *t);
+HALO_API int64_t halo_tokens_count(const halo_tokens *t);
+HALO_API int64_t halo_tokens_documents(const halo_tokens *t);
+HALO_API int64_t halo_tokens_vocab(const halo_tokens *t);           /* 0: unknown (llm.c) */
+HALO_API uint64_t halo_tokens_tokenizer_hash(const halo_tokens *t); /* 0: unknown (llm.c) */
+/* Fingerprint of the content: tokens, documents, tokenizer, and the choice. */
+HALO_API uint64_t halo_tokens_hash(const halo_tokens *t);
+/* First token and length of a document. */
+HALO_API halo_status halo_tokens_document(const halo_tokens *t, int64_t document, int64_t *first_out,
+                                          int64_t *n_out);
+/* The document that holds a token; -1 if out of range. */
+HALO_API int64_t halo_tokens_find_document(const halo_tokens *t, int64_t token);
+/* Hash of a document's ids, the same for every width, file and choice. */
+HALO_API halo_status halo_tokens_document_hash(const halo_tokens *t, int64_t document,
+                                               uint64_t *out);
+/* tokens[0..n) and documents[0..n) from token `first` on; past the end tokens are `pad` and documents
+ * -1. documents may be NULL. HALO_ECORRUPT for an id outside the vocabulary. */
+HALO_API halo_status halo_tokens_read(int32_t *tokens, int32_t *documents, const halo_tokens *t,
+                                      int64_t first, int64_t n, int32_t pad);
+/* The given documents in the given order, and a range of tokens (documents are cut at its ends). */
+HALO_API halo_status halo_tokens_select(halo_tokens **out, halo_tokens *t, const int64_t *documents,
+                                        int64_t n);
+HALO_API halo_status halo_tokens_slice(halo_tokens **out, halo_tokens *t, int64_t first, int64_t n);
+/* Hold out documents: document d goes to valid when its hash, mixed with the seed, falls below
+ * `share`; equal documents never end on both sides. HALO_EARG if a side would be empty. */
+HALO_API halo_status halo_tokens_split(halo_tokens **train_out, halo_tokens **valid_out,
+                                       halo_tokens *t, double share, uint64_t seed);
+
+/* Writes a token file beside its place, and moves it there when complete. */
+typedef struct halo_token_writer halo_token_writer;
+
+HALO_API halo_status halo_token_writer_new(halo_token_writer **out, const char *path,
+                                           int64_t vocab, uint64_t tokenizer_hash);
+/* Drops what was not committed. */
+HALO_API void halo_token_writer_free(halo_token_writer *w);
+/* Add one document; an empty one leaves no trace. */
+HALO_API halo_status halo_token_writer_add(halo_token_writer *w, const int32_t *ids, int64_t n);
+/* Encode text as one document; `first` and `last` are put before and behind it (-1: nothing). Special
+ * tokens in the text are text. */
+HALO_API halo_status halo_token_writer_add_text(halo_token_writer *w, const halo_tokenizer *t,
+                                                const char *text, size_t n, int32_t first,
+                                                int32_t last);
+/* The same for a file's content. A file with a zero byte in its first 8192 is not text: it is left out
+ * and *is_text_out is 0. */
+HALO_API halo_status halo_token_writer_add_file(halo_token_writer *w, const halo_tokenizer *t,
+                                                const char *path, int32_t first, int32_t last,
+                                                int32_t *is_text_out);
+HALO_API int64_t halo_token_writer_count(const halo_token_writer *w);
+HALO_API int64_t halo_token_writer_documents(const halo_token_writer *w);
+/* fsync, rename, fsync the folder; the writer accepts nothing after it. */
+HALO_API halo_status halo_token_writer_commit(halo_token_writer *w);
+
+/* Label of a position that is no target (PyTorch's convention). */
+enum { HALO_NO_TARGET = -100 };
+
+typedef enum halo_sample_flags {
+  HALO_SAMPLE_DOCUMENTS = 1, /* documents do not see each other: no target across a boundary */
+  HALO_SAMPLE_RESTART = 2    /* positions count from the start of each document */
+} halo_sample_flags;
+
+/* n+1 tokens in a row become a training sample of n, labels shifted here, before any layout.
+ * given      tokens, documents [n+1] (document -1 is padding); loss [n+1], 0 where a token is no
+ *            target, or NULL
+ * out        ids[i] = tokens[i]; labels[i] = tokens[i+1], or HALO_NO_TARGET when that is padding, no
+ *            target, or of another document (HALO_SAMPLE_DOCUMENTS); positions[i]; segments[i] = 0, 1,
+ *            ... counting documents within the sample, padding being its own (all 0 without
+ *            HALO_SAMPLE_DOCUMENTS); targets_out = number of targets */
+HALO_API halo_status halo_sample_finish(int32_t *ids, int32_t *labels, int32_t *positions,
+                                        int32_t *segments, int64_t *targets_out,
+                                        const int32_t *tokens, const int32_t *documents,
+                                        const uint8_t *loss, int64_t n, int32_t flags);
+/* out[b,i] = rows[b, map[i]] where map[i] < n, else fill: a rank's part of global rows. */
+HALO_API halo_status halo_rows_gather(int32_t *out, const int32_t *rows, int64_t n_rows, int64_t n,
+                                      const int64_t *map, int64_t n_map, int32_t fill);
 
 /* ---- Trace ---------------------------------------------------------------------------------- */
 
