@@ -417,7 +417,7 @@ end
 function M.resolve(recipe)
   local values = schema.values_of(recipe)
   local shell = schema.copy(recipe)
-  for _, part in ipairs { "stages", "every", "finally" } do schema.values_of(shell)[part] = nil end
+  for _, part in ipairs { "stages", "every", "initially", "finally" } do schema.values_of(shell)[part] = nil end
   schema.values_of(shell).stages = {}
   local out = schema.resolve(shell)
   local model_place = schema.place_of(values.model)
@@ -436,7 +436,7 @@ function M.resolve(recipe)
   out.model.rope = finish_rope(out.model.rope, out.model, model_place)
   resolve_stages(recipe, out)
   out.model.own_rope = nil
-  out.finally = resolve_actions(values.finally)
+  out.initially, out.finally = resolve_actions(values.initially), resolve_actions(values.finally)
   local cadences = {}
   for steps in pairs(values.every or {}) do cadences[#cadences + 1] = steps end
   table.sort(cadences)

@@ -355,6 +355,8 @@ define { name = "sparsity", group = "action", path = "measure.sparsity",
     { "samples", kind.count, default = 32, doc = "query rows per head for the sampled recall" },
     { "far", kind.tokens, doc = "distance from which a token counts as far (default: a quarter of the context)" },
     { "over", kind.count, default = 16, doc = "steps over which unreached far tokens are followed" },
+    { "compare", kind.list(kind.enum { "dense", "frozen" }), default = {},
+      doc = "also the loss of one held-out batch under these: dense attention, or this step's plans frozen" },
   }, example = "[100] = measure.sparsity { layers = { 1, 18, 36 } }" }
 
 --- Define an evaluation action `eval.NAME` (see `M.pattern` for the shape of `e`).
@@ -398,6 +400,7 @@ define { name = "recipe", group = "recipe", positional = "name", doc = "What to 
     { "stages", kind.list(node "stage"), required = true, doc = "one or more stages, in order" },
     { "every", kind.map(kind.count, actions), default = {},
       doc = "[n] = what to do every n steps: an action, or a list" },
+    { "initially", actions, default = {}, doc = "what to do before the first step" },
     { "finally", actions, default = {}, doc = "what to do at the end" },
     { "guard", kind.list(node "guard"), default = {}, doc = "what to watch" },
     { "seed", kind.index, default = 1, doc = "of weights, data order and sampling" },

@@ -1,0 +1,256 @@
+--- The decoder that Qwen2, Llama 3 and Qwen3 share: a pre-norm transformer with grouped-query
+-- attention, rotary positions and a gated MLP. A family file (qwen2.lua, ...) says which of the few
+-- switches it sets and how its config.json spells the sizes; weight names are those of Hugging Face.
+--
+--    x = embed(ids)
+--    per layer:  x += o(attend(rope(q(norm x)), rope(k(norm x)), v(norm x)))
+--                x += down(swiglu(gate(norm x), up(norm x)))
+--    logits = head(norm x)
+--
+-- The model does not know what attention is: `run.attend(layer, q, k, v)` is given by whoever owns the
+-- ring and the pattern (halo.attending), so the same file trains dense on one rank and sparse over a
+-- ring. Nothing larger than the hidden state outlives a layer: the MLP runs in chunks of tokens, the
+-- loss in chunks of rows, and with `recompute` each layer keeps its input only.
+local autograd = require "halo.autograd"
+local errors = require "halo.errors"
+local ops = require "halo.ops"
+local rope = require "halo.rope"
+local tensor = require "halo.tensor"
+
+local Model = {}
+Model.__index = Model
+
+local M = {}
+
+local function fail(...) errors.raise("usage", "model: " .. string.format(...), 3) end
+
+--- Sizes that every family needs, checked where a wrong one would otherwise show up as a shape error
+-- deep inside a layer.
+function M.check(c)
+  for _, name in ipairs { "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab" } do
+    local v = c[name]
+    if type(v) ~= "number" or v < 1 or v % 1 ~= 0 or v > 2 ^ 31 then
+      fail("%s must be a positive whole number, got %s", name, tostring(v))
+    end
+  end
+  if c.heads % c.kv_heads ~= 0 then
+    fail("heads (%d) must be a multiple of kv_heads (%d)", c.heads, c.kv_heads)
+  end
+  if c.head_dim % 2 ~= 0 then fail("head_dim must be even for rotary positions, got %d", c.head_dim) end
+  if not (c.eps > 0 and c.eps < 1) then fail("eps must be in (0,1), got %s", tostring(c.eps)) end
+  return c
+end
+
+--- Names, shapes and kinds of all parameters, in the order in which they are made and saved.
+-- kind: "embedding", "linear", "bias" or "norm"; `out` marks products whose result is added to the
+-- residual stream.
+function M.parameter_list(c)
+  local list = {}
+  local function add(name, shape, kind, out) list[#list + 1] = { name = name, shape = shape, kind = kind, out = out } end
+  local q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+  add("model.embed_tokens.weight", { c.vocab, c.width }, "embedding")
+  for layer = 0, c.layers - 1 do
+    local p = ("model.layers.%d."):format(layer)
+    add(p .. "input_layernorm.weight", { c.width }, "norm")
+    for _, row in ipairs { { "q", q }, { "k", kv }, { "v", kv } } do
+      add(p .. "self_attn." .. row[1] .. "_proj.weight", { row[2], c.width }, "linear")
+      if c.qkv_bias then add(p .. "self_attn." .. row[1] .. "_proj.bias", { row[2] }, "bias") end
+    end
+    if c.qk_norm then
+      add(p .. "self_attn.q_norm.weight", { c.head_dim }, "norm")
+      add(p .. "self_attn.k_norm.weight", { c.head_dim }, "norm")
+    end
+    add(p .. "self_attn.o_proj.weight", { c.width, q }, "linear", true)
+    add(p .. "post_attention_layernorm.weight", { c.width }, "norm")
+    add(p .. "mlp.gate_proj.weight", { c.ffn, c.width }, "linear")
+    add(p .. "mlp.up_proj.weight", { c.ffn, c.width }, "linear")
+    add(p .. "mlp.down_proj.weight", { c.width, c.ffn }, "linear", true)
+  end
+  add("model.norm.weight", { c.width }, "norm")
+  if not c.tie then add("lm_head.weight", { c.vocab, c.width }, "linear") end
+  return list
+end
+
+--- Number of parameters of a config.
+function M.count(c)
+  local n = 0
+  for _, p in ipairs(M.parameter_list(c)) do n = n + p.shape[1] * (p.shape[2] or 1) end
+  return n
+end
+
+-- A stream number for a name, so that a parameter's initial values depend on its name alone and not on
+-- how many came before it (FNV-1a, 32 bits).
+local function stream_of(name)
+  local bit = require "bit"
+  local h = 2166136261
+  for i = 1, #name do
+    h = bit.tobit(bit.bxor(h, name:byte(i)))
+    -- h * 16777619 mod 2^32 in parts that stay exact in a double
+    local low, high = h % 65536, math.floor(h % 4294967296 / 65536)
+    h = (low * 16777619 + (high * 16777619 % 65536) * 65536) % 4294967296
+  end
+  return h
+end
+
+--- Build a model with fresh weights: normal(0, 0.02), residual outputs scaled by 1/sqrt(2 layers)
+-- (GPT-2, Radford et al. 2019, section 2.3), biases 0, norms 1.
+-- @tparam table c config (see `halo.model`)
+-- @tparam[opt] table o `{ seed = 0, dtype = "f32", values = true }`; values = false leaves weights unset
+function M.build(c, o)
+  o = o or {}
+  M.check(c)
+  local self = setmetatable({ config = c, parameters = {}, weight = {}, dtype = o.dtype or "f32" }, Model)
+  local std = c.init_std or 0.02
+  for _, p in ipairs(M.parameter_list(c)) do
+    local t
+    if p.kind == "norm" then
+      t = tensor.ones { shape = p.shape, dtype = self.dtype }
+    elseif p.kind == "bias" or o.values == false then
+      t = tensor.zeros { shape = p.shape, dtype = self.dtype }
+    else
+      t = tensor.normal {
+        shape = p.shape, dtype = self.dtype, seed = o.seed or 0, stream = stream_of(p.name),
+        std = p.out and std / math.sqrt(2 * c.layers) or std,
+      }
+    end
+    t:require_grad(true)
+    self.parameters[#self.parameters + 1] = { name = p.name, tensor = t, kind = p.kind }
+    self.weight[p.name] = t
+  end
+  self:set_rope(c.rope)
+  return self
+end
+
+--- Change the position scheme; takes effect with the next batch. (A stage of a recipe does this.)
+function Model:set_rope(scheme)
+  rope.frequencies(scheme, self.config.head_dim, self.config.context)
+  self.config.rope = scheme
+end
+
+--- cos and sin for a batch's positions, made once and used by every layer.
+-- @tparam Tensor positions i32 `[B,T]`, global
+-- @tparam[opt] int length longest position plus one, for schemes that depend on it
+function Model:positions(positions, length)
+  local inv, factor = rope.frequencies(self.config.rope, self.config.head_dim, length)
+  local dtype = self.dtype == "f64" and "f64" or "f32"
+  local cos, sin = ops.rope_table(positions, tensor.new(inv, { dtype = "f32" }), { scale = factor })
+  if dtype == "f64" then cos, sin = cos:cast "f64", sin:cast "f64" end
+  return cos, sin
+end
+
+local function attention_block(self, layer, x, run)
+  local c, w = self.config, self.weight
+  local p = ("model.layers.%d."):format(layer - 1)
+  local a = p .. "self_attn."
+  local batch, tokens = x:size(1), x:size(2)
+  local h = ops.rmsnorm(x, w[p .. "input_layernorm.weight"], { eps = c.eps })
+  local function project(name, heads)
+    local y = ops.linear(h, w[a .. name .. "_proj.weight"], w[a .. name .. "_proj.bias"])
+    return y:reshape { batch, tokens, heads, c.head_dim }
+  end
+  local q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads)
+  if c.qk_norm then
+    q = ops.rmsnorm(q, w[a .. "q_norm.weight"], { eps = c.eps })
+    k = ops.rmsnorm(k, w[a .. "k_norm.weight"], { eps = c.eps })
+  end
+  q, k = ops.rope(q, run.cos, run.sin), ops.rope(k, run.cos, run.sin)
+  local o = run.attend(layer, q, k, v)
+  o = o:reshape { batch, tokens, c.heads * c.head_dim }
+  return x + ops.linear(o, w[a .. "o_proj.weight"], nil)
+end
+
+local function mlp(self, p, h)
+  local w = self.weight
+  local gate = ops.linear(h, w[p .. "mlp.gate_proj.weight"], nil)
+  local up = ops.linear(h, w[p .. "mlp.up_proj.weight"], nil)
+  return ops.linear(ops.swiglu(gate, up), w[p .. "mlp.down_proj.weight"], nil)
+end
+
+-- The MLP's inner activations are ffn/width times the hidden state: in chunks of tokens they never
+-- exist at full length (DESIGN D5).
+local function mlp_block(self, layer, x, run)
+  local p = ("model.layers.%d."):format(layer - 1)
+  local h = ops.rmsnorm(x, self.weight[p .. "post_attention_layernorm.weight"], { eps = self.config.eps })
+  local tokens, chunk = x:size(2), run.mlp_chunk or 0
+  if chunk <= 0 or tokens <= chunk then return x + mlp(self, p, h) end
+  local parts = {}
+  for from = 1, tokens, chunk do
+    local part = h:slice { dim = 2, from = from, to = math.min(from + chunk - 1, tokens) }
+    parts[#parts + 1] = mlp(self, p, part)
+  end
+  return x + tensor.cat(parts, 2)
+end
+
+--- One layer, from hidden state to hidden state.
+function Model:layer(layer, x, run)
+  return mlp_block(self, layer, attention_block(self, layer, x, run), run)
+end
+
+--- Final hidden states `[B,T,E]` (after the last norm).
+-- @tparam Tensor ids i32 `[B,T]`
+-- @tparam table run `cos`, `sin` (from `positions`), `attend(layer, q, k, v) -> o`,
+--   `recompute` (run each layer again in backward), `mlp_chunk` (tokens, 0 = whole),
+--   `each_layer(layer, x)` (called with every layer's output; for probes)
+function Model:hidden(ids, run)
+  local x = ops.embedding(self.weight["model.embed_tokens.weight"], ids)
+  for layer = 1, self.config.layers do
+    if run.recompute then
+      x = autograd.checkpoint(function(y) return self:layer(layer, y, run) end, x)
+    else
+      x = self:layer(layer, x, run)
+    end
+    if run.each_layer then run.each_layer(layer, x) end
+  end
+  return ops.rmsnorm(x, self.weight["model.norm.weight"], { eps = self.config.eps })
+end
+
+--- The output matrix `[V,E]`; the embedding itself when tied.
+function Model:head()
+  return self.weight["lm_head.weight"] or self.weight["model.embed_tokens.weight"]
+end
+
+--- Sum of the losses of all labelled tokens here and their number.
+-- Divide by the *global* number of labels, once (distributed.md 3, loss normalisation).
+-- @tparam Tensor labels i32 `[B,T]`, shifted already, -100 where there is none
+function Model:loss(ids, labels, run)
+  local x = self:hidden(ids, run)
+  local rows = x:size(1) * x:size(2)
+  return ops.linear_cross_entropy(x:reshape { rows, self.config.width }, self:head(),
+    labels:reshape { rows }, { chunk = run.loss_chunk or 0 })
+end
+
+--- Negative log-likelihood of every label, `[B,T]` (0 where there is none); no gradient.
+function Model:token_loss(ids, labels, run)
+  local x = self:hidden(ids, run)
+  local batch, tokens = x:size(1), x:size(2)
+  local nll = ops.linear_token_loss(x:reshape { batch * tokens, self.config.width }, self:head(),
+    labels:reshape { batch * tokens })
+  return nll:reshape { batch, tokens }
+end
+
+--- Logits `[B,T,V]`. For generation slice the hidden states first: a long context's logits are large.
+function Model:logits(ids, run)
+  return ops.linear(self:hidden(ids, run), self:head(), nil)
+end
+
+--- Flops of one token, forward and backward, at a context and an executed share of the causal
+-- triangle: 6 N + 6 L H D S rho (halo's definition of work, see README "Numbers").
+function Model:flops_per_token(context, density)
+  local c = self.config
+  local n = M.count(c)
+  if not c.tie then n = n - c.vocab * c.width end -- looking up an embedding costs nothing
+  return 6 * n + 6 * c.layers * c.heads * c.head_dim * context * (density or 1)
+end
+
+--- Number of parameters.
+function Model:count() return M.count(self.config) end
+
+Model.__tostring = function(self)
+  local c = self.config
+  return ("%s: %d layers, width %d, %d/%d heads of %d, ffn %d, vocabulary %d, %.2f M parameters, %s")
+    :format(c.family, c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab,
+      self:count() / 1e6, self.dtype)
+end
+
+M.Model = Model
+return M
