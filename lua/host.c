@@ -1,41 +1,307 @@
 /* host.c: the `halo` program, a small host around LuaJIT.
  *
- * It finds the Lua tree (beside the sources it was built from, or HALO_LUA), puts it on package.path,
- * passes argv and runs halo.cli. Everything a user sees is decided in Lua.
+ * Everything a user sees is decided in Lua (halo.cli). The host exists for what Lua cannot do well:
+ *   - find the Lua tree from the place of the executable, so that a checkout, a copy of it and an
+ *     installation work without environment variables
+ *   - line editing with history and completion (libedit). Completion calls back into Lua while the
+ *     user types; here that is an ordinary lua_pcall from C, which an FFI callback could not be
+ *   - SIGINT: at the prompt it drops the line, in a running chunk it raises a Lua error at the next
+ *     instruction (the way luajit.c does it), and the session goes on
+ *
+ * Lua sees one table, `halo_host`:
+ *   exe, dir             path and folder of this executable
+ *   readline(prompt)     a line; nil at the end of input; false when Ctrl-C dropped the line
+ *   history(path)        read and keep the history in this file
+ *   remember(line)       add a line to the history, and to its file
+ *   completer(f)         f(text up to the cursor) -> text to insert, text to show below (or nil)
+ *   catch_interrupts(on) install the handler, or put the old one back
+ *   running(on)          tell whether Ctrl-C should stop Lua (true) or only the line (false)
  */
+#include <errno.h>
+#include <histedit.h>
+#include <langinfo.h>
 #include <lauxlib.h>
+#include <limits.h>
+#include <locale.h>
 #include <lua.h>
 #include <lualib.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
-int main(int argc, char **argv) {
-  lua_State *L = luaL_newstate();
-  if (L == NULL) {
-    fprintf(stderr, "halo: cannot create a Lua state\n");
-    return 70;
+enum { EXIT_INTERNAL = 70, HISTORY_LINES = 2000 };
+
+/* One session per process, as signal handlers and libedit's callbacks want. */
+static struct {
+  lua_State *lua;
+  EditLine *edit;
+  History *history;
+  char history_path[PATH_MAX];
+  char prompt[256];
+  int completer; /* registry reference, LUA_NOREF when there is none */
+  struct sigaction old_action;
+  int catching;
+  volatile sig_atomic_t running;
+  volatile sig_atomic_t interrupted;
+} session = {.completer = LUA_NOREF};
+
+/* ---- Interrupts ---------------------------------------------------------------------------- */
+
+static void stop_hook(lua_State *L, lua_Debug *ar) {
+  (void)ar;
+  lua_sethook(L, NULL, 0, 0);
+  luaL_error(L, "interrupted");
+}
+
+static void on_interrupt(int signal_number) {
+  (void)signal_number;
+  session.interrupted = 1;
+  // lua_sethook only sets flags and is meant to be called from here (LuaJIT's own luajit.c does).
+  int mask = LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT;
+  if (session.running) lua_sethook(session.lua, stop_hook, mask, 1);
+}
+
+static int host_catch_interrupts(lua_State *L) {
+  int on = lua_toboolean(L, 1);
+  if (on && !session.catching) {
+    struct sigaction action = {.sa_handler = on_interrupt};
+    sigemptyset(&action.sa_mask);
+    // No SA_RESTART: a read at the prompt must return when the line is dropped.
+    session.catching = sigaction(SIGINT, &action, &session.old_action) == 0;
+  } else if (!on && session.catching) {
+    sigaction(SIGINT, &session.old_action, NULL);
+    session.catching = 0;
   }
-  luaL_openlibs(L);
-  const char *root = getenv("HALO_LUA");
+  return 0;
+}
+
+static int host_running(lua_State *L) {
+  session.running = lua_toboolean(L, 1);
+  session.interrupted = 0;
+  if (!session.running) lua_sethook(L, NULL, 0, 0);
+  return 0;
+}
+
+/* ---- Line editing -------------------------------------------------------------------------- */
+
+static char *current_prompt(EditLine *edit) {
+  (void)edit;
+  return session.prompt;
+}
+
+/* Tab: what the Lua completer says about the text before the cursor. */
+static unsigned char complete(EditLine *edit, int key) {
+  (void)key;
+  lua_State *L = session.lua;
+  if (session.completer == LUA_NOREF) return CC_ERROR;
+  const LineInfo *line = el_line(edit);
+  int top = lua_gettop(L);
+  lua_rawgeti(L, LUA_REGISTRYINDEX, session.completer);
+  lua_pushlstring(L, line->buffer, (size_t)(line->cursor - line->buffer));
+  unsigned char result = CC_ERROR;
+  if (lua_pcall(L, 1, 2, 0) == 0) {
+    const char *insert = lua_tostring(L, -2), *list = lua_tostring(L, -1);
+    if (list != NULL) {
+      fprintf(stdout, "\n%s\n", list);
+      result = CC_REDISPLAY;
+    }
+    if (insert != NULL && insert[0] != '\0' && el_insertstr(edit, insert) == 0 && list == NULL) {
+      result = CC_REFRESH;
+    }
+  }
+  lua_settop(L, top);
+  return result;
+}
+
+static int start_editing(void) {
+  if (session.edit != NULL) return 1;
+  // libedit counts columns, so it must know that bytes are UTF-8. LC_NUMERIC stays "C".
+  setlocale(LC_CTYPE, "");
+  if (strcmp(nl_langinfo(CODESET), "UTF-8") != 0) setlocale(LC_CTYPE, "C.UTF-8");
+  session.edit = el_init("halo", stdin, stdout, stderr);
+  if (session.edit == NULL) return 0;
+  el_set(session.edit, EL_PROMPT_ESC, current_prompt, '\1');
+  el_set(session.edit, EL_EDITOR, "emacs");
+  el_set(session.edit, EL_ADDFN, "halo-complete", "complete the word", complete);
+  el_set(session.edit, EL_BIND, "^I", "halo-complete", NULL);
+  el_set(session.edit, EL_BIND, "^R", "em-inc-search-prev", NULL);
+  if (session.history != NULL) el_set(session.edit, EL_HIST, history, session.history);
+  el_source(session.edit, NULL); // the user's ~/.editrc
+  return 1;
+}
+
+static int start_history(void) {
+  if (session.history != NULL) return 1;
+  HistEvent event;
+  session.history = history_init();
+  if (session.history == NULL) return 0;
+  history(session.history, &event, H_SETSIZE, HISTORY_LINES);
+  history(session.history, &event, H_SETUNIQUE, 1);
+  if (session.edit != NULL) el_set(session.edit, EL_HIST, history, session.history);
+  return 1;
+}
+
+static int host_history(lua_State *L) {
+  const char *path = luaL_checkstring(L, 1);
+  if (!start_history() || strlen(path) >= sizeof session.history_path) return 0;
+  strcpy(session.history_path, path);
+  HistEvent event;
+  history(session.history, &event, H_LOAD, path); // an absent file is an empty history
+  return 0;
+}
+
+static int host_remember(lua_State *L) {
+  const char *line = luaL_checkstring(L, 1);
+  HistEvent event;
+  if (!start_history()) return 0;
+  history(session.history, &event, H_ENTER, line);
+  if (session.history_path[0] == '\0') return 0;
+  history(session.history, &event, H_SAVE, session.history_path);
+  return 0;
+}
+
+static int host_completer(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TFUNCTION);
+  luaL_unref(L, LUA_REGISTRYINDEX, session.completer);
+  lua_pushvalue(L, 1);
+  session.completer = luaL_ref(L, LUA_REGISTRYINDEX);
+  return 0;
+}
+
+static void push_line(lua_State *L, const char *text, size_t length) {
+  while (length > 0 && (text[length - 1] == '\n' || text[length - 1] == '\r')) length--;
+  lua_pushlstring(L, text, length);
+}
+
+static int host_readline(lua_State *L) {
+  const char *prompt = luaL_optstring(L, 1, "");
+  session.interrupted = 0;
+  if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && start_editing()) {
+    snprintf(session.prompt, sizeof session.prompt, "%s", prompt);
+    int length = 0;
+    const char *text = el_gets(session.edit, &length);
+    if (text == NULL || length <= 0) {
+      if (session.interrupted || (length < 0 && errno == EINTR)) {
+        el_reset(session.edit);
+        lua_pushboolean(L, 0);
+      } else {
+        lua_pushnil(L);
+      }
+      return 1;
+    }
+    push_line(L, text, (size_t)length);
+    return 1;
+  }
+  char *text = NULL;
+  size_t capacity = 0;
+  ssize_t length = getline(&text, &capacity, stdin);
+  if (length < 0) {
+    if (session.interrupted) {
+      clearerr(stdin);
+      lua_pushboolean(L, 0);
+    } else {
+      lua_pushnil(L);
+    }
+  } else {
+    push_line(L, text, (size_t)length);
+  }
+  free(text);
+  return 1;
+}
+
+static void stop_session(void) {
+  if (session.edit != NULL) el_end(session.edit);
+  if (session.history != NULL) history_end(session.history);
+}
+
+/* ---- Start --------------------------------------------------------------------------------- */
+
+/* Folder of the executable; "." if the system does not say. */
+static void find_executable(char *exe, char *dir) {
+  ssize_t n = readlink("/proc/self/exe", exe, PATH_MAX - 1);
+  exe[n > 0 ? n : 0] = '\0';
+  strcpy(dir, n > 0 ? exe : "./halo");
+  char *slash = strrchr(dir, '/');
+  *slash = '\0';
+}
+
+/* First of: HALO_LUA, ../lua and ../share/halo/lua from the executable, the sources it was built
+ * from. Pushes the path. */
+static void push_lua_tree(lua_State *L, const char *dir) {
+  const char *forced = getenv("HALO_LUA");
+  if (forced != NULL && forced[0] != '\0') {
+    lua_pushstring(L, forced);
+    return;
+  }
+  const char *beside[] = {"../lua", "../share/halo/lua"};
+  for (size_t i = 0; i < sizeof beside / sizeof beside[0]; i++) {
+    const char *tree = lua_pushfstring(L, "%s/%s", dir, beside[i]);
+    const char *probe = lua_pushfstring(L, "%s/halo/init.lua", tree);
+    int found = access(probe, R_OK) == 0;
+    lua_pop(L, 1);
+    if (found) return;
+    lua_pop(L, 1);
+  }
+  lua_pushstring(L, HALO_SOURCE_DIR "/lua");
+}
+
+static void set_package_path(lua_State *L, const char *dir) {
+  push_lua_tree(L, dir);
+  const char *tree = lua_tostring(L, -1);
   lua_getglobal(L, "package");
   lua_getfield(L, -1, "path");
-  lua_pushfstring(L, "%s/?.lua;%s/?/init.lua;%s", root ? root : HALO_SOURCE_DIR "/lua",
-                  root ? root : HALO_SOURCE_DIR "/lua", lua_tostring(L, -1));
+  lua_pushfstring(L, "%s/?.lua;%s/?/init.lua;%s", tree, tree, lua_tostring(L, -1));
   lua_setfield(L, -3, "path");
   lua_settop(L, 0);
+}
+
+static void set_host_table(lua_State *L, const char *exe, const char *dir) {
+  static const luaL_Reg functions[] = {
+      {"readline", host_readline},     {"history", host_history},
+      {"remember", host_remember},     {"completer", host_completer},
+      {"running", host_running},       {"catch_interrupts", host_catch_interrupts},
+      {NULL, NULL},
+  };
+  lua_newtable(L);
+  for (const luaL_Reg *f = functions; f->name != NULL; f++) {
+    lua_pushcfunction(L, f->func);
+    lua_setfield(L, -2, f->name);
+  }
+  lua_pushstring(L, exe);
+  lua_setfield(L, -2, "exe");
+  lua_pushstring(L, dir);
+  lua_setfield(L, -2, "dir");
+  lua_setglobal(L, "halo_host");
+}
+
+int main(int argc, char **argv) {
+  char exe[PATH_MAX], dir[PATH_MAX];
+  find_executable(exe, dir);
+  lua_State *L = session.lua = luaL_newstate();
+  if (L == NULL) {
+    fprintf(stderr, "halo: cannot create a Lua state\n");
+    return EXIT_INTERNAL;
+  }
+  luaL_openlibs(L);
+  set_package_path(L, dir);
+  set_host_table(L, exe, dir);
   lua_createtable(L, argc, 0);
   for (int i = 0; i < argc; i++) {
     lua_pushstring(L, argv[i]);
     lua_rawseti(L, -2, i);
   }
   lua_setglobal(L, "arg");
-  int status = luaL_dostring(L, "return require('halo.cli').main(arg)");
-  int code = 70;
-  if (status != 0) {
-    fprintf(stderr, "halo: %s\n", lua_tostring(L, -1));
+  int code = EXIT_INTERNAL;
+  if (luaL_dostring(L, "return require('halo.cli').main(arg)") != 0) {
+    // halo.cli reports its own errors: what arrives here is a broken tree.
+    const char *why = lua_tostring(L, -1);
+    fprintf(stderr, "halo: %s\n", why ? why : "the Lua files cannot be loaded");
   } else {
     code = (int)lua_tointeger(L, -1);
   }
+  stop_session();
   lua_close(L);
   return code;
 }

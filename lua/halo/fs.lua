@@ -102,7 +102,7 @@ function M.walk(path)
   local function visit(folder, prefix)
     for _, name in ipairs(M.list(folder) or {}) do
       if name:sub(1, 1) ~= "." then
-        local full = folder .. "/" .. name
+        local full = M.join(folder, name)
         if M.is_dir(full) then
           visit(full, prefix .. name .. "/")
         else

@@ -1,0 +1,32 @@
+--- `halo run RECIPE`: train.
+local cli = require "halo.cli"
+local launch = require "halo.launch"
+
+local M = {
+  name = "run",
+  summary = "Train what a recipe says.",
+  example = "halo run recipes/tiny.lua stages.1.steps=50 --out runs",
+}
+
+function M.define(command)
+  command:argument("recipe", "a recipe file, or the name of one in recipes/")
+  command:argument("overrides", "changes to it, as optim.lr=1e-4 or stages.2.tokens=2e9"):args "*"
+  command:option("--ranks -n", "processes to train on; sets mesh.cp (default: what the recipe's mesh says)")
+    :convert(cli.count):argname "N"
+  command:option("--resume", "auto: go on from the newest checkpoint of this recipe, if there is one; "
+    .. "or a run or checkpoint folder"):argname "DIR"
+  command:option("--out", "folder that run folders are made in"):argname "DIR"
+  command:flag("--verbose -v", "say more")
+end
+
+function M.run(options)
+  local resolved = cli.read_recipe(options)
+  local mesh = resolved.mesh
+  launch.ensure(mesh.dp * mesh.cp, options.argv, ("mesh { dp = %d, cp = %d }"):format(mesh.dp, mesh.cp))
+  local outcome = require("halo.train").run(resolved, {
+    resume = options.resume, out = resolved.out, verbose = options.verbose or false,
+  })
+  if outcome == "preempted" then return require("halo.errors").exit_codes.preempted end
+end
+
+return M
