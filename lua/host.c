@@ -15,7 +15,8 @@
  *   remember(line)       add a line to the history, and to its file
  *   completer(f)         f(text up to the cursor) -> text to insert, text to show below (or nil)
  *   catch_interrupts(on) install the handler, or put the old one back
- *   running(on)          tell whether Ctrl-C should stop Lua (true) or only the line (false)
+ *   running(mode)        what Ctrl-C does: "no": drop the line; "stoppable": stop Lua; "together":
+ *                        several ranks run the same line: ask again, then end
  */
 #include <errno.h>
 #include <histedit.h>
@@ -32,6 +33,7 @@
 #include <unistd.h>
 
 enum { EXIT_INTERNAL = 70, HISTORY_LINES = 2000 };
+enum { RUN_NO, RUN_STOPPABLE, RUN_TOGETHER };
 
 /* One session per process, as signal handlers and libedit's callbacks want. */
 static struct {
@@ -60,16 +62,27 @@ static void on_interrupt(int signal_number) {
   session.interrupted = 1;
   // lua_sethook only sets flags and is meant to be called from here (LuaJIT's own luajit.c does).
   int mask = LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT;
-  if (session.running) lua_sethook(session.lua, stop_hook, mask, 1);
+  if (session.running == RUN_STOPPABLE) lua_sethook(session.lua, stop_hook, mask, 1);
+  if (session.running == RUN_TOGETHER) {
+    // Stopping this rank alone would leave the others waiting for it.
+    static const char text[] = "\n(several ranks run this line; Ctrl-C again ends the session)\n";
+    ssize_t ignored = write(STDOUT_FILENO, text, sizeof text - 1);
+    (void)ignored;
+    signal(SIGINT, SIG_DFL);
+  }
+}
+
+static void install(void) {
+  struct sigaction action = {.sa_handler = on_interrupt};
+  sigemptyset(&action.sa_mask);
+  // No SA_RESTART: a read at the prompt must return when the line is dropped.
+  session.catching = sigaction(SIGINT, &action, session.catching ? NULL : &session.old_action) == 0;
 }
 
 static int host_catch_interrupts(lua_State *L) {
   int on = lua_toboolean(L, 1);
   if (on && !session.catching) {
-    struct sigaction action = {.sa_handler = on_interrupt};
-    sigemptyset(&action.sa_mask);
-    // No SA_RESTART: a read at the prompt must return when the line is dropped.
-    session.catching = sigaction(SIGINT, &action, &session.old_action) == 0;
+    install();
   } else if (!on && session.catching) {
     sigaction(SIGINT, &session.old_action, NULL);
     session.catching = 0;
@@ -78,9 +91,13 @@ static int host_catch_interrupts(lua_State *L) {
 }
 
 static int host_running(lua_State *L) {
-  session.running = lua_toboolean(L, 1);
+  static const char *const modes[] = {"no", "stoppable", "together", NULL};
+  session.running = luaL_checkoption(L, 1, NULL, modes);
   session.interrupted = 0;
-  if (!session.running) lua_sethook(L, NULL, 0, 0);
+  if (session.running == RUN_NO) {
+    lua_sethook(L, NULL, 0, 0);
+    if (session.catching) install(); // a first Ctrl-C on several ranks took the handler away
+  }
   return 0;
 }
 

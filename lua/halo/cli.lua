@@ -40,11 +40,11 @@ local function parser_of(verbs)
     :command_target "verb"
     :require_command(true)
     :epilog "Start with: halo run recipes/tiny.lua       Each verb explains itself: halo run --help"
-  parser:option "--trace":args(0):description "Show a Lua traceback with errors."
+  -- Taken out of the command line before parsing, so that it may stand anywhere; named here for the help.
+  parser:flag("--trace", "Show a Lua traceback with errors.")
   for _, verb in ipairs(verbs) do
     local command = parser:command(verb.name, verb.summary):epilog("example: " .. verb.example)
     verb.define(command)
-    command:option "--trace":args(0):description "Show a Lua traceback with errors."
   end
   return parser
 end
@@ -59,7 +59,9 @@ end
 local function report(e, trace)
   local launch = require "halo.launch"
   local ranks, rank = launch.job()
-  local lines = { "error: " .. (ranks > 1 and ("rank %d: "):format(rank) or "") .. tostring(e) }
+  -- A place in a recipe or script helps its author; a place in Halo itself is for --trace.
+  local is_ours = e.where and e.where:find("lua/halo/", 1, true) and not trace
+  local lines = { "error: " .. (ranks > 1 and ("rank %d: "):format(rank) or "") .. (is_ours and e.message or tostring(e)) }
   if e.hint then lines[#lines + 1] = "  try: " .. e.hint end
   if trace and e.traceback then
     lines[#lines + 1] = e.traceback
@@ -113,9 +115,13 @@ end
 function M.main(argv)
   local verbs = M.verbs()
   -- What follows a script belongs to the script, options included.
-  local command_line, rest = {}, nil
+  local command_line, rest, trace = {}, nil, false
   for i, word in ipairs(argv) do
-    command_line[i] = word
+    if word == "--trace" then
+      trace = true
+    else
+      command_line[#command_line + 1] = word
+    end
     if i >= 2 and argv[1] == "exec" and word:sub(1, 1) ~= "-" then
       rest = { unpack(argv, i + 1) }
       break
@@ -129,7 +135,7 @@ function M.main(argv)
   options.argv = { argv[0], unpack(argv) }
   for _, verb in ipairs(verbs) do
     if verb.name == options.verb then
-      return M.guarded(function() return verb.run(options) end, options.trace)
+      return M.guarded(function() return verb.run(options) end, trace)
     end
   end
 end

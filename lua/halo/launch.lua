@@ -6,6 +6,7 @@
 -- job costs nothing; halo_comm_world compares them with what MPI says.
 local errors = require "halo.errors"
 local process = require "halo.process"
+local term = require "halo.term"
 
 local M = {}
 
@@ -68,8 +69,12 @@ function M.abort(code)
 end
 
 --- Command that starts `argv` on n ranks of this machine.
-function M.command(n, argv)
+-- @tparam int n ranks
+-- @tparam table argv the program and its words
+-- @tparam[opt] boolean no_input mpirun leaves standard input alone
+function M.command(n, argv, no_input)
   local words = { "mpirun", "-n", tostring(n), "--oversubscribe", "--bind-to", "none", "--quiet" }
+  if no_input then words[#words + 1], words[#words + 2] = "--stdin", "none" end
   if process.is_root() then words[#words + 1] = "--allow-run-as-root" end
   for _, word in ipairs(argv) do words[#words + 1] = word end
   return words
@@ -79,12 +84,13 @@ end
 -- mpirun when it was started alone.
 -- @tparam int wanted ranks
 -- @tparam table argv the command line to start again, program first
--- @tparam[opt] string origin what asks for the ranks, for the message
-function M.ensure(wanted, argv, origin)
+-- @tparam[opt] table o `origin` (what asks for the ranks, for the message), `no_input`
+function M.ensure(wanted, argv, o)
+  o = o or {}
   local size, _, launched = M.job()
   if launched then
     if size ~= wanted then
-      errors.raise("usage", ("%s wants %d rank%s, this job has %d; try mesh.cp=%d"):format(origin or "the mesh", wanted,
+      errors.raise("usage", ("%s wants %d rank%s, this job has %d; try mesh.cp=%d"):format(o.origin or "the mesh", wanted,
         wanted == 1 and "" or "s", size, size), 0)
     end
     return
@@ -98,7 +104,8 @@ function M.ensure(wanted, argv, origin)
   if not os.getenv "OMP_NUM_THREADS" then
     process.setenv("OMP_NUM_THREADS", math.max(1, math.floor(process.cores() / wanted)))
   end
-  process.exec(M.command(wanted, argv))
+  for name, value in pairs(term.environment()) do process.setenv(name, value) end
+  process.exec(M.command(wanted, argv, o.no_input))
 end
 
 return M

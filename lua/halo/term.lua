@@ -19,8 +19,20 @@ local function set(name)
   return v ~= nil and v ~= ""
 end
 
---- True if a file descriptor (0 input, 1 output, 2 errors) is a terminal.
-function M.is_tty(fd) return C.isatty(fd or 1) == 1 end
+--- True if a file descriptor (0 input, 1 output, 2 errors) is a terminal. Under mpirun the answer is that of
+-- the process that started it (halo.launch), not of the pipes in between.
+function M.is_tty(fd)
+  local told = os.getenv "HALO_TTY"
+  if told then return told:find(tostring(fd or 1), 1, true) ~= nil end
+  return C.isatty(fd or 1) == 1
+end
+
+--- Variables that let ranks behind a launcher know our terminal: name -> value.
+function M.environment()
+  local fds = ""
+  for fd = 0, 2 do fds = fds .. (M.is_tty(fd) and fd or "") end
+  return { HALO_TTY = fds, COLUMNS = M.width(2) }
+end
 
 --- True if output on the descriptor may be coloured.
 function M.has_color(fd)
@@ -32,7 +44,7 @@ end
 --- Columns of the terminal: what it says, else $COLUMNS, else 80.
 function M.width(fd)
   local size = ffi.new "struct halo_winsize"
-  if C.ioctl(fd or 1, 0x5413, size) == 0 and size.columns > 0 then return size.columns end
+  if not os.getenv "HALO_TTY" and C.ioctl(fd or 1, 0x5413, size) == 0 and size.columns > 0 then return size.columns end
   return tonumber(os.getenv "COLUMNS") or 80
 end
 

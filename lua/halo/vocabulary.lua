@@ -192,7 +192,7 @@ define { name = "mesh", group = "mesh", doc = "How ranks share the work; dp * cp
 ---- Tokenizers and data ---------------------------------------------------------------------------
 
 define { name = "byte", group = "tokenizer", path = "tokenizer.byte",
-  doc = "Bytes are tokens; 256 of them and the end of text.", fields = {} }
+  doc = "Bytes are tokens, special tokens follow them.", fields = {} }
 define { name = "bpe", group = "tokenizer", path = "tokenizer.bpe", positional = "from",
   doc = "Byte-level BPE from tokenizer.json, vocab.json + merges.txt, or tokenizer.model.",
   fields = { { "from", kind.path, required = true, doc = "folder or file" } },
@@ -426,7 +426,10 @@ local function modules_of(folder, except)
 end
 
 --- Size of a resolved tokenizer's vocabulary.
-function M.tokenizer_size(spec) return require("halo.tokenizer").open(spec):vocab() end
+function M.tokenizer_size(spec)
+  local tokenizer = require "halo.tokenizer"
+  return (spec.type == "byte" and tokenizer.byte {} or tokenizer.load(spec.from)).vocab_size
+end
 
 --- Define the words of model families, sparsity patterns and evaluations; once.
 function M.load_modules()

@@ -22,7 +22,8 @@ end
 function M.run(options)
   local resolved = cli.read_recipe(options)
   local mesh = resolved.mesh
-  launch.ensure(mesh.dp * mesh.cp, options.argv, ("mesh { dp = %d, cp = %d }"):format(mesh.dp, mesh.cp))
+  launch.ensure(mesh.dp * mesh.cp, options.argv,
+    { origin = ("mesh { dp = %d, cp = %d }"):format(mesh.dp, mesh.cp) })
   local outcome = require("halo.train").run(resolved, {
     resume = options.resume, out = resolved.out, verbose = options.verbose or false,
   })
