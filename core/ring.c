@@ -138,12 +138,12 @@ static char *dkv_slot(const run *x, int32_t here, int32_t slot) {
 
 static halo_status run_post(const run *x, int32_t k) {
   halo_ring *r = x->ring;
-  const halo__row *first = &x->tables[0]->rows[k];
+  const halo__schedule_row *first = &x->tables[0]->rows[k];
   bool is_gradient = halo__channel_is_gradient(first->channel);
   int64_t bytes = is_gradient ? x->pass->dkv_count * halo_dtype_bytes(x->pass->dkv_dtype)
                               : x->pass->kv_bytes;
   for (int32_t i = 0; i < r->here; i++) {
-    const halo__row *row = &x->tables[i]->rows[k];
+    const halo__schedule_row *row = &x->tables[i]->rows[k];
     char *out = is_gradient ? dkv_slot(x, i, row->slot) : kv_slot(x, i, row->slot);
     char *in = is_gradient ? dkv_slot(x, i, row->slot_in) : kv_slot(x, i, row->slot_in);
     r->transfers[2 * i] = (halo__transfer){out, bytes, i, row->to, true};
@@ -156,7 +156,7 @@ static halo_status run_post(const run *x, int32_t k) {
 static halo_status run_move(const run *x, int32_t k) {
   const halo__ring_pass *pass = x->pass;
   for (int32_t i = 0; i < x->ring->here; i++) {
-    const halo__row *row = &x->tables[i]->rows[k];
+    const halo__schedule_row *row = &x->tables[i]->rows[k];
     void *to = dkv_slot(x, i, row->slot_in);
     const void *from = dkv_slot(x, i, row->slot);
     if (row->kind == HALO__ROW_COPY) {
@@ -170,7 +170,7 @@ static halo_status run_move(const run *x, int32_t k) {
 
 static halo_status run_row(const run *x, int32_t k) {
   const halo__ring_pass *pass = x->pass;
-  const halo__row *first = &x->tables[0]->rows[k];
+  const halo__schedule_row *first = &x->tables[0]->rows[k];
   switch (first->kind) {
   case HALO__ROW_FETCH_COLUMNS:
     return pass->fetch_columns == NULL ? HALO_OK : pass->fetch_columns(pass->context);
@@ -182,7 +182,7 @@ static halo_status run_row(const run *x, int32_t k) {
   case HALO__ROW_WAIT: return halo__comm_wait(x->ring->comm, &x->ring->pending[first->event]);
   case HALO__ROW_COMPUTE:
     for (int32_t i = 0; i < x->ring->here; i++) {
-      const halo__row *row = &x->tables[i]->rows[k];
+      const halo__schedule_row *row = &x->tables[i]->rows[k];
       HALO_TRY(pass->compute(pass->context, i, row->source, kv_slot(x, i, row->slot),
                              dkv_slot(x, i, row->slot_in)));
     }

@@ -55,16 +55,16 @@
 
 /* ---- generators ------------------------------------------------------------------------------ */
 
-static halo__row *append(halo__schedule *s, halo__row_kind kind) {
-  halo__row *row = &s->rows[s->n_rows++];
-  *row = (halo__row){.kind = (int16_t)kind, .step = -1, .source = -1, .to = -1, .from = -1,
+static halo__schedule_row *append(halo__schedule *s, halo__row_kind kind) {
+  halo__schedule_row *row = &s->rows[s->n_rows++];
+  *row = (halo__schedule_row){.kind = (int16_t)kind, .step = -1, .source = -1, .to = -1, .from = -1,
                      .slot = -1, .slot_in = -1, .event = -1};
   return row;
 }
 
 static int32_t append_post(halo__schedule *s, halo__channel channel, int32_t to, int32_t from,
                            int32_t slot, int32_t slot_in) {
-  halo__row *row = append(s, HALO__ROW_POST);
+  halo__schedule_row *row = append(s, HALO__ROW_POST);
   row->channel = (int16_t)channel;
   row->to = to;
   row->from = from;
@@ -74,14 +74,14 @@ static int32_t append_post(halo__schedule *s, halo__channel channel, int32_t to,
 }
 
 static void append_wait(halo__schedule *s, halo__channel channel, int32_t event) {
-  halo__row *row = append(s, HALO__ROW_WAIT);
+  halo__schedule_row *row = append(s, HALO__ROW_WAIT);
   row->channel = (int16_t)channel;
   row->event = event;
 }
 
 /* The step's rows; columns come after the first. dkv is -1 forward. */
 static void append_compute(halo__schedule *s, int32_t step, int32_t source, int32_t kv, int32_t dkv) {
-  halo__row *row = append(s, HALO__ROW_COMPUTE);
+  halo__schedule_row *row = append(s, HALO__ROW_COMPUTE);
   row->step = step;
   row->source = source;
   row->slot = kv;
@@ -90,7 +90,7 @@ static void append_compute(halo__schedule *s, int32_t step, int32_t source, int3
 }
 
 static void append_move(halo__schedule *s, halo__row_kind kind, int32_t to, int32_t from) {
-  halo__row *row = append(s, kind);
+  halo__schedule_row *row = append(s, kind);
   row->slot = from;
   row->slot_in = to;
 }
@@ -307,7 +307,7 @@ static halo_status fault(int32_t rank, int32_t row, const char *format, ...) {
 }
 
 static halo_status check_post(simulation *m, int32_t k, int32_t rank) {
-  const halo__row *row = &m->tables[rank]->rows[k];
+  const halo__schedule_row *row = &m->tables[rank]->rows[k];
   bool is_gradient = halo__channel_is_gradient(row->channel);
   slot_state *out = slot_at(m, is_gradient, rank, row->slot);
   slot_state *in = slot_at(m, is_gradient, rank, row->slot_in);
@@ -327,8 +327,8 @@ static halo_status check_post(simulation *m, int32_t k, int32_t rank) {
 
 /* The exchange posted at row `post` ends: what the peer sent is now here. */
 static void finish_post(simulation *m, int32_t post, int32_t rank) {
-  const halo__row *row = &m->tables[rank]->rows[post];
-  const halo__row *peer = &m->tables[row->from]->rows[post];
+  const halo__schedule_row *row = &m->tables[rank]->rows[post];
+  const halo__schedule_row *peer = &m->tables[row->from]->rows[post];
   bool is_gradient = halo__channel_is_gradient(row->channel);
   slot_state *in = slot_at(m, is_gradient, rank, row->slot_in);
   in->receiving = false;
@@ -340,7 +340,7 @@ static void finish_post(simulation *m, int32_t post, int32_t rank) {
 }
 
 static halo_status check_compute(simulation *m, int32_t k, int32_t rank) {
-  const halo__row *row = &m->tables[rank]->rows[k];
+  const halo__schedule_row *row = &m->tables[rank]->rows[k];
   const slot_state *kv = slot_at(m, false, rank, row->slot);
   if (kv == NULL || kv->receiving || row->source < 0 || kv->source != row->source) {
     return fault(rank, k, "computes with source %d, but slot %d holds %d", row->source, row->slot,
@@ -362,7 +362,7 @@ static halo_status check_compute(simulation *m, int32_t k, int32_t rank) {
 }
 
 static halo_status check_move(simulation *m, int32_t k, int32_t rank) {
-  const halo__row *row = &m->tables[rank]->rows[k];
+  const halo__schedule_row *row = &m->tables[rank]->rows[k];
   const slot_state *from = slot_at(m, true, rank, row->slot);
   slot_state *to = slot_at(m, true, rank, row->slot_in);
   if (from == NULL || from->receiving || from->source == EMPTY) {
@@ -389,9 +389,9 @@ static halo_status check_move(simulation *m, int32_t k, int32_t rank) {
 }
 
 static halo_status check_row(simulation *m, int32_t k) {
-  const halo__row *first = &m->tables[0]->rows[k];
+  const halo__schedule_row *first = &m->tables[0]->rows[k];
   for (int32_t r = 1; r < m->world; r++) {
-    const halo__row *row = &m->tables[r]->rows[k];
+    const halo__schedule_row *row = &m->tables[r]->rows[k];
     if (row->kind != first->kind || row->channel != first->channel || row->event != first->event ||
         row->step != first->step) {
       return fault(r, k, "is of another kind than on rank 0");
@@ -511,7 +511,7 @@ int64_t halo__schedule_explain(const halo__schedule *s, char *text, int64_t capa
         s->is_backward ? "backward" : "forward", s->rank, s->world, s->n_steps, s->n_kv_slots,
         s->n_dkv_slots);
   for (int32_t k = 0; k < s->n_rows; k++) {
-    const halo__row *row = &s->rows[k];
+    const halo__schedule_row *row = &s->rows[k];
     switch (row->kind) {
     case HALO__ROW_FETCH_COLUMNS: PRINT("  fetch columns\n"); break;
     case HALO__ROW_COLUMNS: PRINT("  compute columns\n"); break;

@@ -16,7 +16,7 @@ typedef enum halo__row_kind {
   HALO__ROW_ADD            /* dKV slot `slot_in` += slot `slot` */
 } halo__row_kind;
 
-typedef struct halo__row {
+typedef struct halo__schedule_row {
   int16_t kind;      /* halo__row_kind */
   int16_t channel;   /* POST, WAIT: halo__channel */
   int32_t step;      /* COMPUTE */
@@ -25,7 +25,7 @@ typedef struct halo__row {
   int32_t slot;
   int32_t slot_in;
   int32_t event;     /* POST, WAIT: which exchange; counted from 0 in posting order */
-} halo__row;
+} halo__schedule_row;
 
 /* What one rank does in one pass. Its own keys are in KV slot 0 at the start. */
 typedef struct halo__schedule {
@@ -34,7 +34,7 @@ typedef struct halo__schedule {
   int32_t n_kv_slots, n_dkv_slots, n_events;
   int32_t home; /* backward: dKV slot that holds the gradient of this rank's keys at the end */
   int32_t n_rows;
-  halo__row *rows;
+  halo__schedule_row *rows;
 } halo__schedule;
 
 /* Channels whose slots are dKV slots. */

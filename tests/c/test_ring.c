@@ -38,7 +38,7 @@ static int64_t undetected(int schedule, int W, int L, bool is_backward, int64_t 
   CHECK_OK(halo__schedule_check(tables, W));
   for (int r = 0; r < W; r++) {
     for (int k = 0; k < tables[r]->n_rows; k++) {
-      halo__row *row = &tables[r]->rows[k], saved = *row;
+      halo__schedule_row *row = &tables[r]->rows[k], saved = *row;
       int32_t *fields[] = {&row->source, &row->to, &row->from, &row->slot, &row->slot_in, &row->event};
       for (int f = 0; f < 6; f++) {
         int32_t value = *fields[f];
