@@ -35,6 +35,7 @@ struct halo__pending {
   halo__transfer *remote; /* transfers that leave the process */
   int64_t n_remote, remote_capacity;
   void *request; /* of the remote; NULL when nothing left the process */
+  int64_t flight; /* number in the flight recorder */
 };
 
 struct halo_comm {
@@ -217,15 +218,20 @@ static halo_status match_local(halo_comm *c, halo__pending *p, const halo__trans
   return status;
 }
 
+static const char *const channel_names[] = {"collective", "inner KV hop", "outer KV hop",
+                                            "inner dKV hop", "outer dKV hop", "columns"};
+
 halo_status halo__comm_post(halo__pending **out, halo_comm *c, halo__channel channel,
                             const halo__transfer *transfers, int64_t n) {
   assert(n <= INT32_MAX);
   halo__pending *p;
   HALO_TRY(take_pending(&p, c, n));
   halo_status status = HALO_OK;
+  int64_t bytes_out = 0;
   for (int64_t i = 0; i < n; i++) {
     assert(transfers[i].here >= 0 && transfers[i].here < c->here);
     assert(transfers[i].peer >= 0 && transfers[i].peer < c->size);
+    if (transfers[i].is_send) bytes_out += transfers[i].bytes;
     if (transfers[i].bytes > 0 && !lives_here(c, transfers[i].peer)) {
       p->remote[p->n_remote++] = transfers[i];
     }
@@ -238,6 +244,7 @@ halo_status halo__comm_post(halo__pending **out, halo_comm *c, halo__channel cha
     give_pending(c, p);
     return status;
   }
+  p->flight = halo__trace_comm_begin(channel_names[channel], halo_comm_name(c), bytes_out, -1);
   *out = p;
   return HALO_OK;
 }
@@ -253,6 +260,7 @@ halo_status halo__comm_wait(halo_comm *c, halo__pending **pending) {
   halo_status status = HALO_OK;
   if (p->request != NULL) status = c->remote->wait(c->state, p->request);
   c->exposed_seconds += now_seconds() - start;
+  halo__trace_comm_end(p->flight);
   give_pending(c, p);
   return status;
 }
@@ -265,7 +273,9 @@ void halo__comm_progress(void *comm) {
 halo_status halo_comm_barrier(halo_comm *c) {
   if (c->remote == NULL) return HALO_OK;
   double start = now_seconds();
+  int64_t flight = halo__trace_comm_begin("barrier", halo_comm_name(c), 0, -1);
   halo_status status = c->remote->barrier(c->state);
+  halo__trace_comm_end(flight);
   c->exposed_seconds += now_seconds() - start;
   return status;
 }

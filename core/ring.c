@@ -21,21 +21,23 @@
 #include "kernels.h"
 #include "schedule.h"
 
-/* A growing block per rank here. */
+/* A growing block; `each` bytes of it for each rank here. */
 typedef struct arena {
   char *data;
-  int64_t bytes;
+  int64_t bytes, each;
 } arena;
 
 struct halo_ring {
+  int32_t references;
   halo_comm *comm;
   halo_schedule kind;
   int32_t inner;
   int32_t here;
   halo__schedule **forward, **backward; /* [here] */
-  halo__pending **pending;              /* [n_events] of the longer table */
+  int32_t n_events;
+  halo__pending **pending;              /* [n_events] of the longer table; the last: columns */
   halo__transfer *transfers;            /* [2 * here] */
-  arena kv, dkv;
+  arena buffers[HALO__RING_BUFFERS];
   bool is_spent;
 };
 
@@ -52,7 +54,7 @@ halo_status halo_ring_new(halo_ring **out, halo_comm *c, int32_t schedule, int32
   halo_ring *r;
   HALO_TRY(halo__alloc_zero((void **)&r, (int64_t)sizeof *r, HALO_CPU));
   halo_status status = HALO_OK;
-  *r = (halo_ring){.comm = c, .kind = (halo_schedule)schedule, .inner = inner, .here = here};
+  *r = (halo_ring){.references = 1, .comm = c, .kind = (halo_schedule)schedule, .inner = inner, .here = here};
   int64_t table_bytes = here * (int64_t)sizeof *r->forward;
   HALO_TRY_GOTO(halo__alloc_zero((void **)&r->forward, table_bytes, HALO_CPU));
   HALO_TRY_GOTO(halo__alloc_zero((void **)&r->backward, table_bytes, HALO_CPU));
@@ -60,8 +62,9 @@ halo_status halo_ring_new(halo_ring **out, halo_comm *c, int32_t schedule, int32
     HALO_TRY_GOTO(halo__schedule_new(&r->forward[i], schedule, world, inner, rank + i, false));
     HALO_TRY_GOTO(halo__schedule_new(&r->backward[i], schedule, world, inner, rank + i, true));
   }
-  int64_t n_events = r->backward[0]->n_events + 1;
-  HALO_TRY_GOTO(halo__alloc_zero((void **)&r->pending, n_events * (int64_t)sizeof *r->pending, HALO_CPU));
+  r->n_events = r->backward[0]->n_events + 1;
+  HALO_TRY_GOTO(halo__alloc_zero((void **)&r->pending, r->n_events * (int64_t)sizeof *r->pending,
+                                 HALO_CPU));
   HALO_TRY_GOTO(halo__scratch((void **)&r->transfers, 2 * (int64_t)here, sizeof *r->transfers));
   *out = r;
   return HALO_OK;
@@ -70,8 +73,13 @@ done:
   return status;
 }
 
+halo_ring *halo__ring_retain(halo_ring *r) {
+  r->references++;
+  return r;
+}
+
 void halo_ring_free(halo_ring *r) {
-  if (r == NULL) return;
+  if (r == NULL || --r->references > 0) return;
   for (int32_t i = 0; i < r->here; i++) {
     if (r->forward != NULL) halo__schedule_free(r->forward[i]);
     if (r->backward != NULL) halo__schedule_free(r->backward[i]);
@@ -80,10 +88,7 @@ void halo_ring_free(halo_ring *r) {
   halo__free(r->backward);
   halo__free(r->pending);
   halo__free(r->transfers);
-  if (!r->is_spent || halo_comm_size(r->comm) == r->here) {
-    halo__free(r->kv.data);
-    halo__free(r->dkv.data);
-  }
+  for (int32_t i = 0; i < HALO__RING_BUFFERS && !r->is_spent; i++) halo__free(r->buffers[i].data);
   halo__free(r);
 }
 
@@ -104,19 +109,35 @@ int64_t halo_ring_explain(const halo_ring *r, char *text, int64_t capacity) {
 
 /* ---- running ---------------------------------------------------------------------------------- */
 
-/* Room for `slots` slots of slot_bytes per rank here. */
-static halo_status reserve(arena *a, int64_t slot_bytes, int64_t slots) {
-  int64_t bytes;
-  HALO_CHECK(halo__mul(slot_bytes, slots, &bytes), HALO_EARG, "ring: buffers of %lld x %lld bytes",
-             (long long)slots, (long long)slot_bytes);
-  if (bytes <= a->bytes) return HALO_OK;
+halo_status halo__ring_reserve(halo_ring *r, halo__ring_buffer_id id, int64_t bytes) {
+  arena *a = &r->buffers[id];
+  int64_t total;
+  a->each = (bytes + 63) / 64 * 64;
+  HALO_CHECK(halo__mul(a->each, r->here, &total), HALO_EARG, "ring: a buffer of %lld bytes a rank",
+             (long long)bytes);
+  if (total <= a->bytes) return HALO_OK;
   halo__free(a->data);
-  *a = (arena){NULL, 0};
+  a->data = NULL;
+  a->bytes = 0;
   halo_memory_push_tag(HALO_TAG_RING);
-  halo_status status = halo__alloc((void **)&a->data, bytes, HALO_CPU);
+  halo_status status = halo__alloc((void **)&a->data, total, HALO_CPU);
   halo_memory_pop_tag();
-  if (status == HALO_OK) a->bytes = bytes;
+  if (status == HALO_OK) a->bytes = total;
   return status;
+}
+
+void *halo__ring_buffer(const halo_ring *r, halo__ring_buffer_id id, int32_t here) {
+  return r->buffers[id].data + here * r->buffers[id].each;
+}
+
+halo_status halo__ring_post_columns(halo_ring *r, const halo__transfer *transfers, int64_t n) {
+  halo__pending **pending = &r->pending[r->n_events - 1];
+  assert(*pending == NULL);
+  return halo__comm_post(pending, r->comm, HALO__CHANNEL_COLUMNS, transfers, n);
+}
+
+halo_status halo__ring_wait_columns(halo_ring *r) {
+  return halo__comm_wait(r->comm, &r->pending[r->n_events - 1]);
 }
 
 /* What the rows of one pass work on. */
@@ -128,12 +149,12 @@ typedef struct run {
 } run;
 
 static char *kv_slot(const run *x, int32_t here, int32_t slot) {
-  return x->ring->kv.data + (here * (int64_t)x->tables[0]->n_kv_slots + slot) * x->kv_stride;
+  return (char *)halo__ring_buffer(x->ring, HALO__RING_KV, here) + slot * x->kv_stride;
 }
 
 static char *dkv_slot(const run *x, int32_t here, int32_t slot) {
   if (!x->pass->is_backward) return NULL;
-  return x->ring->dkv.data + (here * (int64_t)x->tables[0]->n_dkv_slots + slot) * x->dkv_stride;
+  return (char *)halo__ring_buffer(x->ring, HALO__RING_DKV, here) + slot * x->dkv_stride;
 }
 
 static halo_status run_post(const run *x, int32_t k) {
@@ -191,6 +212,14 @@ static halo_status run_row(const run *x, int32_t k) {
   }
 }
 
+/* After a failure: copies inside the process can be dropped, messages of others cannot. */
+static void give_up(halo_ring *r) {
+  r->is_spent = halo_comm_size(r->comm) > r->here;
+  for (int32_t e = 0; e < r->n_events && !r->is_spent; e++) {
+    (void)halo__comm_wait(r->comm, &r->pending[e]); // only copies
+  }
+}
+
 halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass) {
   HALO_CHECK(!r->is_spent, HALO_ESTATE,
              "ring: a pass failed before, and messages of it may be under way: end the job (rank %d)",
@@ -198,9 +227,9 @@ halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass) {
   run x = {.ring = r, .pass = pass, .tables = pass->is_backward ? r->backward : r->forward};
   x.kv_stride = (pass->kv_bytes + 63) / 64 * 64;
   x.dkv_stride = (pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype) + 63) / 64 * 64;
-  HALO_TRY(reserve(&r->kv, x.kv_stride, (int64_t)r->here * x.tables[0]->n_kv_slots));
+  HALO_TRY(halo__ring_reserve(r, HALO__RING_KV, x.kv_stride * x.tables[0]->n_kv_slots));
   if (pass->is_backward) {
-    HALO_TRY(reserve(&r->dkv, x.dkv_stride, (int64_t)r->here * x.tables[0]->n_dkv_slots));
+    HALO_TRY(halo__ring_reserve(r, HALO__RING_DKV, x.dkv_stride * x.tables[0]->n_dkv_slots));
   }
   halo_status status = HALO_OK;
   for (int32_t i = 0; i < r->here && status == HALO_OK; i++) {
@@ -210,6 +239,6 @@ halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass) {
   for (int32_t i = 0; i < r->here && status == HALO_OK && pass->is_backward; i++) {
     status = pass->store(pass->context, i, dkv_slot(&x, i, x.tables[i]->home));
   }
-  if (status != HALO_OK) r->is_spent = halo_comm_size(r->comm) > r->here;
+  if (status != HALO_OK) give_up(r);
   return status;
 }

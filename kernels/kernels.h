@@ -31,6 +31,56 @@ typedef struct halo_adamw_step_args {
   int64_t step;
 } halo_adamw_step_args;
 
+struct halo__rows; /* runs of blocks or columns per row, core/plan.h */
+
+/* The query side of attention: what one rank's queries hold while they meet key after key. Blocks are
+ * of `block` tokens, T = block * n_blocks; `acc` is the arithmetic type of `dtype` (fp32 or fp64).
+ * Query t and a key at position u meet when first[t] <= u <= position[t]; runs that are not partial
+ * need no such test. */
+typedef struct halo_attention_queries {
+  halo_dtype dtype; /* of q, grad and all keys */
+  int64_t n_batch, n_heads, n_kv_heads, head_size, block, n_blocks;
+  double scale;
+  const void *q; /* elements between batches, tokens, heads; the last dim is contiguous */
+  int64_t q_stride[3];
+  const int32_t *position; /* [T] */
+  const int32_t *first;    /* row b at first + b * first_stride */
+  int64_t first_stride;
+  const int32_t *pattern_of; /* [B*H]: row pattern * n_blocks + block of the lists */
+  /* forward: running maximum (of scale * log2(e) * q.k), sum and unnormalised output, in acc */
+  void *o, *m, *l; /* [B,H,T,D], [B,H,T], [B,H,T] */
+  /* backward */
+  const void *grad; /* of the output */
+  int64_t grad_stride[3];
+  const void *lse, *delta; /* [B,H,T] acc; lse natural, delta = rowsum(grad * output) */
+  void *dq;                /* [n_parts,B,H,T,D] acc, added to (+=) */
+  int32_t n_parts;         /* tasks that work on one key/value head in backward, each with its dq */
+  /* called now and then from thread 0, so that messages move on; may be NULL */
+  void (*poll)(void *context);
+  void *poll_context;
+} halo_attention_queries;
+
+/* Keys of one rank, met in tiles. */
+typedef struct halo_attention_tiles {
+  const void *k, *v;                   /* [B,Hk,T,D] */
+  const int32_t *position;             /* [T] */
+  const struct halo__rows *by_query;   /* query block -> runs of key blocks */
+  void *dk, *dv;                       /* backward: [B,Hk,T,D] acc, written (=) */
+} halo_attention_tiles;
+
+/* Gathered keys, met one by one: column i of (b,h) = u lies in row slot[slot_offset[u] + i] of k, v and
+ * at token[token_offset[pattern] + i]. */
+typedef struct halo_attention_columns {
+  const void *k, *v; /* [n_entries,D] */
+  int64_t n_entries;
+  const int64_t *token_offset;
+  const int32_t *token;
+  const int64_t *slot_offset;
+  const int32_t *slot;
+  const struct halo__rows *by_query; /* query block -> runs of columns */
+  void *dk, *dv;                     /* backward: [n_entries,D] acc, written (=) */
+} halo_attention_columns;
+
 #define HALO_KERNEL(name, args) halo_status halo_cpu_##name args;
 #include "kernels.def"
 #undef HALO_KERNEL

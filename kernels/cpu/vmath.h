@@ -43,6 +43,27 @@ static inline float halo__exp_f32(float x) {
   return x < lowest ? 0.0f : x > highest ? INFINITY : value;
 }
 
+/* 2^x for x <= 127, for softmax in base 2: no reduction step is needed, x - round(x) is exact. The
+ * polynomial 1 + r g(r) has a Chebyshev fit of g = (2^r - 1)/r on [-0.5, 0.5], relative error
+ * 9.2e-9 (0.16 ulp); results below 2^-126 are 0, and exp2(0) = 1 exactly. */
+static inline float halo__exp2_f32(float x) {
+  const float y = x < -126.0f ? -126.0f : x;
+  const float n = rintf(y);
+  const float r = y - n;
+  float q = fmaf(1.545316336e-04f, r, 1.339086331e-03f);
+  q = fmaf(q, r, 9.618083015e-03f);
+  q = fmaf(q, r, 5.550356954e-02f);
+  q = fmaf(q, r, 2.402265072e-01f);
+  q = fmaf(q, r, 6.931471825e-01f);
+  q = fmaf(q, r, 1.0f);
+  const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  return x < -126.0f ? 0.0f : q * power;
+}
+
+#define HALO__EXP2(x) _Generic((x), float: halo__exp2_f32, double: exp2)(x)
+
 #define HALO__EXP(x) _Generic((x), float: halo__exp_f32, double: exp)(x)
 
 /* 1 / (1 + e^-x): saturates to 0 and 1 without overflow trouble, since 1/inf = 0. */

@@ -122,7 +122,7 @@ static halo_status probe_compute(void *context, int32_t here, int32_t source, co
   return source == p->fail_at_source ? halo__error(HALO_ENOMEM, "probe") : HALO_OK;
 }
 
-static halo_status probe_store(void *context, int32_t here, const void *dkv) {
+static halo_status probe_store(void *context, int32_t here, void *dkv) {
   ((probe *)context)->gradient[here] = *(const double *)dkv;
   return HALO_OK;
 }
