@@ -7,6 +7,7 @@
  */
 #include "check.h"
 #include "internal.h"
+#include "kernels.h"
 
 static int32_t op_id(const char *name) {
   const int32_t op = halo_op_find(name);
@@ -489,6 +490,141 @@ static void exp_is_accurate(void) {
   halo_tensor_free(y);
 }
 
+/* ---- forward values against the formula, written out --------------------------------------- */
+
+static double get(const halo_tensor *t, int64_t i) {
+  double v = NAN;
+  CHECK_OK(halo_tensor_get(t, i, &v));
+  return v;
+}
+
+static void forward_follows_the_formula(void) {
+  enum { B = 2, T = 3, H = 2, D = 7, R = 2, E = 5, O = 4 };
+  halo_tensor *x = make(HALO_F64, SHAPE(T, E)), *w = make(HALO_F64, SHAPE(O, E)),
+              *b = make(HALO_F64, SHAPE(O)), *e = make(HALO_F64, SHAPE(E)), *y = NULL;
+  CHECK_OK(halo_op(&y, op_id("linear"), (halo_tensor *[]){x, w, b}, 3, NULL, 0));
+  for (int64_t i = 0; i < T; i++) {
+    for (int64_t o = 0; o < O; o++) {
+      double sum = get(b, o);
+      for (int64_t j = 0; j < E; j++) sum += get(x, i * E + j) * get(w, o * E + j);
+      CHECK(fabs(get(y, i * O + o) - sum) < 1e-13);
+    }
+  }
+  halo_tensor_free(y);
+  CHECK_OK(halo_op(&y, op_id("rmsnorm"), (halo_tensor *[]){x, e}, 2, (double[]){0.5}, 1));
+  for (int64_t i = 0; i < T; i++) {
+    double sum = 0;
+    for (int64_t j = 0; j < E; j++) sum += get(x, i * E + j) * get(x, i * E + j);
+    for (int64_t j = 0; j < E; j++) {
+      const double truth = get(e, j) * get(x, i * E + j) / sqrt(sum / E + 0.5);
+      CHECK(fabs(get(y, i * E + j) - truth) < 1e-13);
+    }
+  }
+  halo_tensor_free(y);
+  halo_tensor_free(b);
+  b = make(HALO_F64, SHAPE(T, E));
+  CHECK_OK(halo_op(&y, op_id("swiglu"), (halo_tensor *[]){x, b}, 2, NULL, 0));
+  for (int64_t i = 0; i < T * E; i++) {
+    CHECK(fabs(get(y, i) - get(x, i) / (1 + exp(-get(x, i))) * get(b, i)) < 1e-13);
+  }
+  halo_tensor_free(y);
+  halo_tensor *ids = integers(HALO_I64, SHAPE(2, 6), T);
+  CHECK_OK(halo_op(&y, op_id("embedding"), (halo_tensor *[]){x, ids}, 2, NULL, 0));
+  for (int64_t i = 0; i < 12; i++) {
+    for (int64_t j = 0; j < E; j++) CHECK(get(y, i * E + j) == get(x, (int64_t)get(ids, i) * E + j));
+  }
+  halo_tensor *all[] = {x, w, b, e, y, ids};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) halo_tensor_free(all[i]);
+
+  for (int per_batch = 0; per_batch < 2; per_batch++) {
+    test_case k = rope_case(B, T, H, D, R, per_batch);
+    y = forward(&k);
+    for (int64_t i = 0; i < B * T * H * D; i++) {
+      const int64_t d = i % D, token = i / (H * D);
+      const int64_t row = (per_batch ? token : token % T) * R, pair = d % R;
+      const double c = get(k.in[1], row + pair), s = get(k.in[2], row + pair), own = get(k.in[0], i);
+      const double truth = d < R       ? own * c - get(k.in[0], i + R) * s
+                           : d < 2 * R ? own * c + get(k.in[0], i - R) * s
+                                       : own;
+      CHECK(fabs(get(y, i) - truth) < 1e-13);
+    }
+    halo_tensor_free(y);
+    free_case(&k);
+  }
+}
+
+/* The product kernel by itself: batches, leading dimensions, transposes, mixed dtypes, beta, panels. */
+static void check_gemm(halo_dtype ta, halo_dtype tb, halo_dtype tc, bool a_transposed,
+                       bool b_transposed, int64_t m, int64_t n, int64_t k, int64_t batch) {
+  const int64_t lda = (a_transposed ? m : k) + 2, ldb = (b_transposed ? k : n) + 1, ldc = n + 3;
+  const int64_t rows_a = a_transposed ? k : m, rows_b = b_transposed ? n : k;
+  halo_tensor *a = make(HALO_F64, SHAPE(batch * rows_a * lda)), *b = make(HALO_F64, SHAPE(rows_b * ldb));
+  halo_tensor *c = make(HALO_F64, SHAPE(batch * m * ldc)), *la = cast(a, ta), *lb = cast(b, tb), *lc = cast(c, tc);
+  halo_tensor *before = cast(lc, HALO_F64), *a64 = cast(la, HALO_F64), *b64 = cast(lb, HALO_F64);
+  const halo_gemm g = {.a = {halo__data(la), ta, a_transposed, lda, rows_a * lda},
+                       .b = {halo__data(lb), tb, b_transposed, ldb, 0},
+                       .c = {halo__data(lc), tc, 0, ldc, m * ldc},
+                       .m = m, .n = n, .k = k, .batch = batch, .alpha = 0.5, .beta = 2};
+  CHECK_OK(halo_cpu_gemm(&g));
+  const double *pa = halo__data(a64), *pb = halo__data(b64), *pc = halo__data(before);
+  double worst = 0;
+  for (int64_t i = 0; i < batch * m * ldc; i++) {
+    const int64_t z = i / (m * ldc), row = i / ldc % m, col = i % ldc;
+    double truth = pc[i];
+    if (col < n) {
+      double sum = 0;
+      for (int64_t p = 0; p < k; p++) {
+        sum += pa[z * rows_a * lda + (a_transposed ? p * lda + row : row * lda + p)] *
+               pb[b_transposed ? col * ldb + p : p * ldb + col];
+      }
+      truth = 0.5 * sum + 2 * pc[i];
+    }
+    worst = fmax(worst, fabs(get(lc, i) - truth) / (sqrt((double)k) + fabs(truth)));
+  }
+  CHECK(worst < (tc == HALO_BF16 ? 5e-3 : tc == HALO_F32 ? 2e-6 : 1e-14));
+  halo_tensor *all[] = {a, b, c, la, lb, lc, before, a64, b64};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) halo_tensor_free(all[i]);
+}
+
+static void products_are_products(void) {
+  static const halo_dtype types[][3] = {{HALO_F64, HALO_F64, HALO_F64}, {HALO_F32, HALO_F32, HALO_F32},
+                                        {HALO_BF16, HALO_BF16, HALO_BF16}, {HALO_F32, HALO_BF16, HALO_BF16},
+                                        {HALO_BF16, HALO_BF16, HALO_F32}, {HALO_BF16, HALO_F32, HALO_F32}};
+  for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+    for (int form = 0; form < 4; form++) {
+      check_gemm(types[t][0], types[t][1], types[t][2], form & 1, form & 2, 5, 7, 9, 3);
+      check_gemm(types[t][0], types[t][1], types[t][2], form & 1, form & 2, 1, 3, 0, 2);
+    }
+  }
+  // More than one panel in each direction.
+  check_gemm(HALO_BF16, HALO_BF16, HALO_BF16, false, true, 3, 2050, 1030, 1);
+  check_gemm(HALO_BF16, HALO_BF16, HALO_F32, true, false, 2051, 3, 1029, 1);
+  float x = 1;
+  halo_gemm bad = {.a = {&x, HALO_F32, 0, 1, 0}, .b = {&x, HALO_F32, 0, 1, 0}, .c = {&x, HALO_F64, 0, 1, 0},
+                   .m = 1, .n = 1, .k = 1, .batch = 1, .alpha = 1};
+  CHECK_STATUS(halo_cpu_gemm(&bad), HALO_EARG);
+  bad.c.dtype = HALO_F32;
+  bad.m = INT64_C(1) << 31;
+  CHECK_STATUS(halo_cpu_gemm(&bad), HALO_EUNSUPPORTED);
+}
+
+static void columns_are_summed(void) {
+  enum { ROWS = 37, COLS = 1030, LD = 1033 };
+  halo_tensor *x = make(HALO_F64, SHAPE(ROWS, LD)), *y = make(HALO_F64, SHAPE(COLS));
+  halo_tensor *old = cast(y, HALO_F64);
+  CHECK_OK(halo_cpu_sum_rows(HALO_F64, halo__data(y), HALO_F64, halo__data(x), LD, ROWS, COLS, 2));
+  double worst = 0;
+  for (int64_t j = 0; j < COLS; j++) {
+    double sum = 2 * get(old, j);
+    for (int64_t i = 0; i < ROWS; i++) sum += get(x, i * LD + j);
+    worst = fmax(worst, fabs(sum - get(y, j)));
+  }
+  CHECK(worst < 1e-12);
+  halo_tensor_free(x);
+  halo_tensor_free(y);
+  halo_tensor_free(old);
+}
+
 static void shapes_are_checked(void) {
   halo_tensor *x = make(HALO_F32, SHAPE(3, 4)), *w = make(HALO_F32, SHAPE(5, 4));
   halo_tensor *wrong = make(HALO_F32, SHAPE(5, 3)), *wide = make(HALO_F64, SHAPE(5, 4));
@@ -519,6 +655,9 @@ int main(void) {
   RUN(chunked_loss_is_the_loss);
   RUN(losses_survive_large_logits);
   RUN(exp_is_accurate);
+  RUN(forward_follows_the_formula);
+  RUN(products_are_products);
+  RUN(columns_are_summed);
   RUN(shapes_are_checked);
   CHECK(halo_tape_live_nodes() == 0);
   CHECK(halo_memory_live_bytes(HALO_CPU, -1) == 0);
