@@ -81,6 +81,24 @@ typedef struct halo_attention_columns {
   void *dk, *dv;                     /* backward: [n_entries,D] acc, written (=) */
 } halo_attention_columns;
 
+/* A few query rows against all local keys, for selecting and measuring. A unit is u = batch * heads +
+ * head; a call does n_units of them from `unit` on. Arrays are in arithmetic type. */
+enum { HALO_PROBE_LANES = 16 }; /* lanes (query rows) come in multiples of it */
+typedef struct halo_probe {
+  halo_dtype t; /* of k */
+  const void *k;
+  int64_t stride[3]; /* of k over batch, token, head, in elements */
+  int64_t heads, kv_heads, size;
+  int64_t n_blocks, block;     /* keys: n_blocks blocks of consecutive positions */
+  const int32_t *start;        /* [n_blocks] position of each block's first key */
+  int64_t lanes;
+  const void *q;               /* [all units, size, lanes] */
+  const int32_t *first, *last; /* [all units, lanes] positions a lane sees; first > last: none */
+  int64_t unit, n_units;
+  double scale;
+  void *z; /* [n_units, n_blocks * block, lanes]: logits, then exponentials */
+} halo_probe;
+
 #define HALO_KERNEL(name, args) halo_status halo_cpu_##name args;
 #include "kernels.def"
 #undef HALO_KERNEL
