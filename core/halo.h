@@ -212,6 +212,10 @@ HALO_API int64_t halo_tape_live_nodes(void);
 HALO_API halo_status halo_tape_checkpoint(halo_tensor *const *outputs, int32_t n_out,
                                           halo_tensor *const *inputs, int32_t n_in, int64_t token);
 
+/* Tokens of checkpoints whose forward was dropped without a backward, since the last call: their
+ * functions can be forgotten. Fills up to capacity and returns how many; more may be left then. */
+HALO_API int32_t halo_tape_dropped(int64_t *tokens, int32_t capacity);
+
 typedef struct halo_backward halo_backward;
 enum { HALO_BACKWARD_DONE = 0, HALO_BACKWARD_RECOMPUTE = 1 };
 

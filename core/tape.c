@@ -31,6 +31,7 @@
 #include "kernels.h"
 
 #include <assert.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -58,6 +59,11 @@ struct halo__node {
 
 static _Thread_local bool recording = true;
 static int64_t next_id, live_nodes;
+
+/* Tokens of checkpoints that died unused; finalizers of other threads may drop nodes as well. */
+static pthread_mutex_t dropped_lock = PTHREAD_MUTEX_INITIALIZER;
+static int64_t *dropped;
+static int32_t n_dropped, dropped_capacity;
 
 int32_t halo_tape_set_enabled(int32_t on) {
   const int32_t old = recording;
@@ -114,10 +120,35 @@ static void node_empty(halo__node *n, halo__node **dead) {
   }
 }
 
+/* Remember that the caller will not be asked to recompute this. Losing a token for want of memory
+ * only means that the caller keeps a function longer. */
+static void report_dropped(int64_t token) {
+  pthread_mutex_lock(&dropped_lock);
+  if (n_dropped == dropped_capacity) {
+    const int32_t capacity = dropped_capacity > 0 ? 2 * dropped_capacity : 64;
+    int64_t *tokens = realloc(dropped, (size_t)capacity * sizeof *tokens);
+    if (tokens != NULL) {
+      dropped = tokens;
+      dropped_capacity = capacity;
+    }
+  }
+  if (n_dropped < dropped_capacity) dropped[n_dropped++] = token;
+  pthread_mutex_unlock(&dropped_lock);
+}
+
+int32_t halo_tape_dropped(int64_t *tokens, int32_t capacity) {
+  int32_t n = 0;
+  pthread_mutex_lock(&dropped_lock);
+  while (n < capacity && n_dropped > 0) tokens[n++] = dropped[--n_dropped];
+  pthread_mutex_unlock(&dropped_lock);
+  return n;
+}
+
 static void free_dead(halo__node *dead) {
   while (dead != NULL) {
     halo__node *n = dead;
     dead = n->next_dead;
+    if (n->is_checkpoint && !n->used) report_dropped(n->token);
     node_empty(n, &dead);
     free(n);
     __atomic_sub_fetch(&live_nodes, 1, __ATOMIC_RELAXED);

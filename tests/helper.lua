@@ -9,6 +9,7 @@ end
 
 require "halo"
 require "halo.ffi"
+require "halo.ops" -- and halo.tensor, whose metatype can be set once per process
 
 local M = {}
 

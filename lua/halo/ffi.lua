@@ -103,27 +103,35 @@ function M.check(status, level)
     local info = debug.getinfo(level + 1, "Sl")
     if info and info.currentline > 0 then where = info.short_src .. ":" .. info.currentline .. ":" end
   end
+  local message = ffi.string(C.halo_error_message())
+  if code == C.HALO_ENOMEM then message = message .. "\n" .. require("halo.memory").report() end
   error(errors.new {
     code = code,
     name = ffi.string(C.halo_status_name(code)),
     class = errors.status_classes[code] or "internal",
-    message = ffi.string(C.halo_error_message()),
+    message = message,
     where = where,
   }, 0)
 end
 
 --- Call `f(...)` and check; when memory is short, collect garbage and try once more, because the
 -- collector cannot see the bytes that Lua handles keep alive.
--- @usage halo_ffi.call(C.halo_tensor_new, out, dtype, device, ndim, shape)
-function M.call(f, ...)
+-- @tparam int level frame to blame above the caller of `call_at`, as in `check`
+function M.call_at(level, f, ...)
   local status = f(...)
+  if status == C.HALO_OK then return end
   if status == C.HALO_ENOMEM then
     collectgarbage()
     collectgarbage() -- finalizers run in the first cycle free what the second can see
     status = f(...)
+    if status == C.HALO_OK then return end
   end
-  if status ~= C.HALO_OK then M.check(status, 2) end
+  M.check(status, level > 0 and level + 1 or 0)
 end
+
+--- `call_at(1, f, ...)`: blame the caller of `call`.
+-- @usage halo_ffi.call(C.halo_tensor_new, out, dtype, device, ndim, shape)
+function M.call(f, ...) M.call_at(2, f, ...) end
 
 --- Text from functions of the form `int64_t f(..., char *text, int64_t capacity)` that return the
 -- length they wanted (halo_plan_explain and friends).

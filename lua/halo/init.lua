@@ -28,9 +28,16 @@ function M.modules()
   return names
 end
 
+-- Functions used so often that they go without their module's name.
+local short = { scope = "memory", keep = "memory", no_grad = "autograd" }
+
 return setmetatable(M, {
   __index = function(self, name)
     if type(name) ~= "string" then return nil end
+    if short[name] then
+      rawset(self, name, require("halo." .. short[name])[name])
+      return rawget(self, name)
+    end
     if not package.searchpath("halo." .. name, package.path) then
       error(('halo has no module "%s"%s'):format(name, args.did_you_mean(name, self.modules())), 2)
     end

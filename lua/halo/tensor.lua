@@ -1,0 +1,607 @@
+--- Tensors: strided windows on shared storage, with autograd.
+-- A tensor is a handle from the engine with methods. Dims and slices count from 1 and include both
+-- ends; negative dims count from the end. Indices that are data (token ids, positions, results of
+-- `argmax` and `topk`) count from 0 everywhere.
+--
+--    local tensor = require "halo.tensor"
+--    local a = tensor { { 1, 2 }, { 3, 4 } }       -- f32 [2,2]
+--    local b = tensor.normal { 2, 2, seed = 7, requires_grad = true }
+--    local loss = (a:matmul(b) + 1):square():mean()
+--    loss:backward()
+--    print(b.grad)
+--
+-- Fields: `shape` (a table), `ndim`, `count`, `dtype`, `device`, `strides`, `is_contiguous`,
+-- `requires_grad` (also set), `grad` (also set). Methods: those below and every op of `halo.ops` whose
+-- first input is a tensor.
+--
+-- This is the only file that gives handles their finalizer.
+local ffi = require "ffi"
+local halo_ffi = require "halo.ffi"
+local args = require "halo.args"
+local errors = require "halo.errors"
+local memory = require "halo.memory"
+
+local C, call_at = halo_ffi.C, halo_ffi.call_at
+local handle_type = ffi.typeof "halo_tensor *"
+
+local M = {}
+
+-- ---- dtypes and devices -------------------------------------------------------------------------
+
+--- Names of dtypes in the order of `halo_dtype`.
+M.dtypes = {}
+local dtype_numbers, dtype_bytes = {}, {}
+for i = 0, C.HALO_DTYPE_COUNT - 1 do
+  local name = ffi.string(C.halo_dtype_name(i))
+  M.dtypes[i + 1] = name
+  dtype_numbers[name] = i
+  dtype_bytes[name] = tonumber(C.halo_dtype_bytes(i))
+end
+local host_types = {
+  f32 = ffi.typeof "float[?]", f64 = ffi.typeof "double[?]", bf16 = ffi.typeof "uint16_t[?]",
+  i32 = ffi.typeof "int32_t[?]", i64 = ffi.typeof "int64_t[?]", u8 = ffi.typeof "uint8_t[?]",
+}
+local host_pointers = {
+  f32 = ffi.typeof "float *", f64 = ffi.typeof "double *", bf16 = ffi.typeof "uint16_t *",
+  i32 = ffi.typeof "int32_t *", i64 = ffi.typeof "int64_t *", u8 = ffi.typeof "uint8_t *",
+}
+local device_numbers = { cpu = C.HALO_CPU, cuda = C.HALO_CUDA }
+local device_names = { [0] = "cpu", [1] = "cuda" }
+
+--- Number of a dtype for the C API; raises for an unknown name.
+-- @tparam string name "f32", "f64", "bf16", "i32", "i64", "u8"
+-- @tparam[opt=1] int level frame to blame above the caller
+function M.dtype_number(name, level)
+  local number = dtype_numbers[name]
+  if number == nil then
+    errors.raise("usage", ("unknown dtype %s%s"):format(args.describe(name), args.did_you_mean(tostring(name),
+      M.dtypes)), (level or 1) + 1)
+  end
+  return number
+end
+
+--- Number of a device for the C API; raises for an unknown name.
+function M.device_number(name, level)
+  local number = device_numbers[name]
+  if number == nil then
+    errors.raise("usage", ("unknown device %s (there is: cpu, cuda)"):format(args.describe(name)), (level or 1) + 1)
+  end
+  return number
+end
+
+--- Bytes of one element.
+function M.dtype_bytes(name) return dtype_bytes[name] end
+
+-- ---- handles ------------------------------------------------------------------------------------
+
+local released = setmetatable({}, { __mode = "k" })
+
+--- Take over a handle that the C API handed out: from now on Lua frees it.
+-- @param pointer a `halo_tensor *` that is ours
+-- @treturn Tensor
+function M.own(pointer)
+  local t = ffi.gc(pointer, C.halo_tensor_free)
+  memory.register(t)
+  memory.pace()
+  return t
+end
+
+local slot = ffi.new "halo_tensor *[1]"
+
+--- A handle of our own on a tensor that something else owns (`halo_adamw_flat_grad` and the like).
+function M.borrow(pointer)
+  call_at(2, C.halo_tensor_retain, slot, pointer)
+  return M.own(slot[0])
+end
+
+--- True for tensors, freed ones too.
+function M.is_tensor(v) return type(v) == "cdata" and ffi.istype(handle_type, v) end
+local is_tensor = M.is_tensor
+
+--- The tensor, or an error if it is none or has been freed.
+-- @param t what came
+-- @tparam string what name of the argument, for the message
+-- @tparam[opt=1] int level frame to blame above the caller
+function M.check(t, what, level)
+  if not is_tensor(t) then
+    errors.raise("usage", ("%s must be a tensor, got %s"):format(what, args.describe(t)), (level or 1) + 1)
+  end
+  if released[t] then
+    errors.raise("usage", ("%s was freed: its scope ended, or free() was called"):format(what), (level or 1) + 1)
+  end
+  return t
+end
+local check = M.check
+
+--- Give the memory back now instead of when the collector finds it. Harmless when done twice; the tape
+-- and views keep what they need.
+function M.free(t)
+  if released[t] then return end
+  released[t] = true
+  ffi.gc(t, nil)
+  C.halo_tensor_free(t)
+end
+
+-- ---- reading shapes -----------------------------------------------------------------------------
+
+local function shape_of(t)
+  local shape = {}
+  for d = 1, C.halo_tensor_ndim(t) do shape[d] = tonumber(C.halo_tensor_size(t, d - 1)) end
+  return shape
+end
+
+--- A dim as C counts it. `extra` is 1 where the place after the last dim is meant as well.
+-- @tparam Tensor t
+-- @tparam int dim from 1, or from -1 backward
+function M.dim_number(t, dim, what, level, extra)
+  local n = C.halo_tensor_ndim(t) + (extra or 0)
+  if type(dim) ~= "number" or dim ~= math.floor(dim) or dim == 0 or dim > n or dim < -n then
+    errors.raise("usage", ("%s: dim %s of a tensor with %d dim%s; dims count from 1, or from -1 backward")
+      :format(what, args.describe(dim), n, n == 1 and "" or "s"), (level or 1) + 1)
+  end
+  return dim > 0 and dim - 1 or dim
+end
+
+local fields = {
+  shape = shape_of,
+  ndim = function(t) return C.halo_tensor_ndim(t) end,
+  count = function(t) return tonumber(C.halo_tensor_count(t)) end,
+  dtype = function(t) return M.dtypes[C.halo_tensor_dtype(t) + 1] end,
+  device = function(t) return device_names[C.halo_tensor_device(t)] end,
+  strides = function(t)
+    local strides = {}
+    for d = 1, C.halo_tensor_ndim(t) do strides[d] = tonumber(C.halo_tensor_stride(t, d - 1)) end
+    return strides
+  end,
+  is_contiguous = function(t) return C.halo_tensor_is_contiguous(t) ~= 0 end,
+  requires_grad = function(t) return C.halo_tensor_requires_grad(t) ~= 0 end,
+  grad = function(t)
+    local grad = C.halo_tensor_grad(t)
+    if grad ~= nil then return M.borrow(grad) end
+  end,
+}
+
+local setters = {
+  requires_grad = function(t, on) call_at(3, C.halo_tensor_require_grad, t, on and 1 or 0) end,
+  grad = function(t, grad)
+    call_at(3, C.halo_tensor_set_grad, t, grad ~= nil and check(grad, "grad", 3) or nil)
+  end,
+}
+
+-- ---- constructors -------------------------------------------------------------------------------
+
+local shape_buffer = ffi.new("int64_t[?]", C.HALO_MAX_DIMS)
+
+-- Sizes 1..n of a table into shape_buffer; returns their number.
+local function write_shape(what, shape, level)
+  if #shape > C.HALO_MAX_DIMS then
+    errors.raise("usage", ("%s: %d dims, at most %d"):format(what, #shape, C.HALO_MAX_DIMS), level + 1)
+  end
+  for d, size in ipairs(shape) do
+    if type(size) ~= "number" or size < 0 or size ~= math.floor(size) then
+      errors.raise("usage", ("%s: size %d of the shape is %s"):format(what, d, args.describe(size)), level + 1)
+    end
+    shape_buffer[d - 1] = size
+  end
+  return #shape
+end
+
+-- Options of a constructor: the array part, or `shape`, is the shape; the rest is named.
+local common = { shape = "table?", dtype = { "string", "f32" }, device = { "string", "cpu" },
+  requires_grad = { "boolean", false } }
+
+local function options(what, o, more)
+  if type(o) ~= "table" then
+    errors.raise("usage", ("%s wants a table { sizes..., dtype = ... }, got %s"):format(what, args.describe(o)), 3)
+  end
+  local known, named, sizes = {}, {}, {}
+  for k, v in pairs(common) do known[k] = v end
+  for k, v in pairs(more or {}) do known[k] = v end
+  for k, v in pairs(o) do
+    if type(k) == "number" then sizes[k] = v else named[k] = v end
+  end
+  local out = args.named(what, named, known, 2)
+  out.shape = out.shape or sizes
+  return out
+end
+
+local function allocate(what, o, zero, level)
+  local dtype, device = M.dtype_number(o.dtype, level + 1), M.device_number(o.device, level + 1)
+  local ndim = write_shape(what, o.shape, level + 1)
+  call_at(level + 1, zero and C.halo_tensor_zeros or C.halo_tensor_new, slot, dtype, device, ndim, shape_buffer)
+  return M.own(slot[0])
+end
+
+-- Leaves ask for gradients last, when they are filled.
+local function finished(t, o)
+  if o.requires_grad then call_at(3, C.halo_tensor_require_grad, t, 1) end
+  return t
+end
+
+--- A tensor whose contents are undefined.
+-- @tparam table o sizes, or `shape`; `dtype` ("f32"), `device` ("cpu"), `requires_grad`
+-- @usage local t = tensor.new { 2, 3, dtype = "bf16" }
+function M.new(o)
+  o = options("tensor.new", o)
+  return finished(allocate("tensor.new", o, false, 2), o)
+end
+
+--- Zeros. Same arguments as `tensor.new`.
+function M.zeros(o)
+  o = options("tensor.zeros", o)
+  return finished(allocate("tensor.zeros", o, true, 2), o)
+end
+
+local function filled(what, o, value)
+  local t = allocate(what, o, false, 3)
+  call_at(3, C.halo_tensor_fill, t, value)
+  return finished(t, o)
+end
+
+--- Ones. Same arguments as `tensor.new`.
+function M.ones(o) return filled("tensor.ones", options("tensor.ones", o), 1) end
+
+--- One value everywhere: `value`, and the arguments of `tensor.new`.
+function M.full(o)
+  o = options("tensor.full", o, { value = "number" })
+  return filled("tensor.full", o, o.value)
+end
+
+--- Normal random numbers; element i depends on (seed, stream, i) only.
+-- @tparam table o `seed` (0), `stream` (0), `mean` (0), `std` (1), and the arguments of `tensor.new`
+function M.normal(o)
+  o = options("tensor.normal", o, { seed = { "number", 0 }, stream = { "number", 0 }, mean = { "number", 0 },
+    std = { "number", 1 } })
+  local t = allocate("tensor.normal", o, false, 2)
+  call_at(2, C.halo_tensor_normal, t, o.seed, o.stream, o.mean, o.std)
+  return finished(t, o)
+end
+
+--- Uniform random numbers in [lo,hi); element i depends on (seed, stream, i) only.
+-- @tparam table o `seed` (0), `stream` (0), `lo` (0), `hi` (1), and the arguments of `tensor.new`
+function M.uniform(o)
+  o = options("tensor.uniform", o, { seed = { "number", 0 }, stream = { "number", 0 }, lo = { "number", 0 },
+    hi = { "number", 1 } })
+  local t = allocate("tensor.uniform", o, false, 2)
+  call_at(2, C.halo_tensor_uniform, t, o.seed, o.stream, o.lo, o.hi)
+  return finished(t, o)
+end
+
+-- A new tensor from a host buffer of its dtype.
+local function from_host(what, o, host, level)
+  local dtype, device = M.dtype_number(o.dtype, level + 1), M.device_number(o.device, level + 1)
+  local ndim = write_shape(what, o.shape, level + 1)
+  call_at(level + 1, C.halo_tensor_from, slot, dtype, device, ndim, shape_buffer, ffi.cast("const void *", host))
+  return finished(M.own(slot[0]), o)
+end
+
+-- A new tensor from n doubles, through f64 when the dtype is not a plain C type.
+local function from_numbers(what, o, n, write, level)
+  local dtype = o.dtype
+  M.dtype_number(dtype, level + 1)
+  local is_direct = dtype ~= "bf16"
+  local host = host_types[is_direct and dtype or "f32"](math.max(n, 1))
+  write(host)
+  if is_direct then return from_host(what, o, host, level + 1) end
+  local wide = from_host(what, { shape = o.shape, dtype = "f32", device = o.device }, host, level + 1)
+  local t = allocate(what, o, false, level + 1)
+  call_at(level + 1, C.halo_tensor_copy, t, wide)
+  M.free(wide)
+  return finished(t, o)
+end
+
+--- Numbers from, from + step, ...
+-- @param o how many, or a table: `count`, `from` (0), `step` (1), `dtype` ("i64"), `device`
+-- @usage tensor.arange(4) --> i64 [4] cpu: 0 1 2 3
+function M.arange(o)
+  if type(o) == "number" then o = { count = o } end
+  o = args.named("tensor.arange", o, { count = "int", from = { "number", 0 }, step = { "number", 1 },
+    dtype = { "string", "i64" }, device = { "string", "cpu" }, requires_grad = { "boolean", false } }, 1)
+  o.shape = { o.count }
+  return from_numbers("tensor.arange", o, o.count, function(host)
+    for i = 0, o.count - 1 do host[i] = o.from + i * o.step end
+  end, 2)
+end
+
+-- Shape of nested tables, checked to be a full box.
+local function nested_shape(value)
+  local shape, v = {}, value
+  while type(v) == "table" do
+    shape[#shape + 1] = #v
+    v = v[1]
+  end
+  return shape
+end
+
+-- What is wrong with nested tables that should have this shape; nil if nothing.
+local function nested_problem(value, shape, depth)
+  if depth > #shape then
+    if type(value) ~= "number" then return ("an element is %s, a number is wanted"):format(args.describe(value)) end
+  elseif type(value) ~= "table" or #value ~= shape[depth] then
+    return ("a row at depth %d has %s elements, the first one has %d"):format(depth,
+      type(value) == "table" and #value or "no", shape[depth])
+  else
+    for i = 1, shape[depth] do
+      local problem = nested_problem(value[i], shape, depth + 1)
+      if problem then return problem end
+    end
+  end
+end
+
+local function write_nested(host, value, shape, depth, at)
+  if depth > #shape then
+    host[at] = value
+    return at + 1
+  end
+  for i = 1, shape[depth] do at = write_nested(host, value[i], shape, depth + 1, at) end
+  return at
+end
+
+--- A tensor from numbers: a number (a scalar), or tables nested as deep as there are dims.
+-- @param value a number or a table
+-- @tparam[opt] table o `dtype` ("f32"), `device`, `requires_grad`; `shape` for a flat table
+-- @usage local t = tensor({ 1, 2, 3, 4 }, { shape = { 2, 2 }, dtype = "f64" })
+function M.from_table(value, o)
+  o = args.named("tensor", o or {}, common, 1)
+  if type(value) ~= "number" and type(value) ~= "table" then
+    errors.raise("usage", ("tensor wants a number or a table, got %s"):format(args.describe(value)), 2)
+  end
+  local nested = nested_shape(value)
+  local problem = nested_problem(value, nested, 1)
+  if problem then errors.raise("usage", "tensor: " .. problem, 2) end
+  local n = 1
+  for _, size in ipairs(nested) do n = n * size end
+  if o.shape then
+    local wanted = 1
+    for _, size in ipairs(o.shape) do wanted = wanted * size end
+    if wanted ~= n then
+      errors.raise("usage", ("tensor: %d numbers for a shape of %d elements"):format(n, wanted), 2)
+    end
+  end
+  o.shape = o.shape or nested
+  return from_numbers("tensor", o, n, function(host) write_nested(host, value, nested, 1, 0) end, 2)
+end
+
+--- A copy of contiguous host memory of the dtype.
+-- @param pointer cdata pointer or array
+-- @tparam table o `shape`, `dtype` ("f32"), `device`, `requires_grad`
+function M.from_pointer(pointer, o)
+  o = args.named("tensor.from_pointer", o, common, 1)
+  if not o.shape then errors.raise("usage", "tensor.from_pointer: shape is missing", 2) end
+  return from_host("tensor.from_pointer", o, pointer, 2)
+end
+
+--- A scalar of the dtype and device of another tensor: how ops take numbers.
+function M.scalar_like(t, value)
+  call_at(3, C.halo_tensor_new, slot, C.halo_tensor_dtype(t), C.halo_tensor_device(t), 0, nil)
+  local s = M.own(slot[0])
+  call_at(3, C.halo_tensor_fill, s, value)
+  return s
+end
+
+-- ---- methods ------------------------------------------------------------------------------------
+
+--- Methods of tensors; `halo.ops` adds one for each op.
+M.methods = {}
+local methods = M.methods
+
+--- Size of one dim.
+function methods.size(t, dim) return tonumber(C.halo_tensor_size(t, M.dim_number(t, dim, "size", 2))) end
+
+methods.free = M.free
+
+--- Contiguous host copy as cdata, in the tensor's dtype (bf16 as f32); the second result is the dtype.
+function methods.host(t)
+  local dtype, count = fields.dtype(t), fields.count(t)
+  local source = t
+  if dtype == "bf16" then
+    dtype = "f32"
+    source = allocate("host", { shape = shape_of(t), dtype = "f32", device = fields.device(t) }, false, 2)
+    call_at(2, C.halo_tensor_copy, source, t)
+  end
+  local host = host_types[dtype](math.max(count, 1))
+  call_at(2, C.halo_tensor_read, source, host)
+  if source ~= t then M.free(source) end
+  return host, dtype
+end
+
+--- Pointer to the first element in the tensor's C type; the tensor must outlive its use. Writing
+-- through it is not seen by the tape. Strides apply: ask `is_contiguous`.
+function methods.pointer(t) return ffi.cast(host_pointers[fields.dtype(t)], C.halo_tensor_data(t)) end
+
+local number = ffi.new "double[1]"
+
+--- The value of a tensor with one element.
+function methods.item(t)
+  if fields.count(t) ~= 1 then
+    errors.raise("usage", ("item: %s has %d elements, one is wanted"):format(M.describe(t), fields.count(t)), 2)
+  end
+  call_at(2, C.halo_tensor_get, t, 0, number)
+  return number[0]
+end
+
+-- Flat index, from 0, of 1-based positions.
+local function flat_index(t, what, ...)
+  local ndim = C.halo_tensor_ndim(t)
+  if select("#", ...) ~= ndim then
+    errors.raise("usage", ("%s: %d positions for %s"):format(what, select("#", ...), M.describe(t)), 3)
+  end
+  local flat = 0
+  for d = 1, ndim do
+    local i, size = select(d, ...), tonumber(C.halo_tensor_size(t, d - 1))
+    if type(i) == "number" and i < 0 then i = i + size + 1 end
+    if type(i) ~= "number" or i < 1 or i > size then
+      errors.raise("usage", ("%s: position %s of dim %d, %s has 1..%d"):format(what, args.describe((select(d, ...))),
+        d, M.describe(t), size), 3)
+    end
+    flat = flat * size + i - 1
+  end
+  return flat
+end
+
+--- One element: `t:get(1, 3)`. Slow; for the prompt and tests.
+function methods.get(t, ...)
+  call_at(2, C.halo_tensor_get, t, flat_index(t, "get", ...), number)
+  return number[0]
+end
+
+--- Set one element: `t:set({1, 3}, 0.5)`. Not seen by the tape.
+function methods.set(t, positions, value)
+  call_at(2, C.halo_tensor_set, t, flat_index(t, "set", unpack(positions)), value)
+  return t
+end
+
+--- All elements as nested tables; a number for a scalar.
+function methods.totable(t)
+  local host, shape, at = methods.host(t), shape_of(t), 0
+  local function read(depth)
+    if depth > #shape then
+      at = at + 1
+      return tonumber(host[at - 1])
+    end
+    local row = {}
+    for i = 1, shape[depth] do row[i] = read(depth + 1) end
+    return row
+  end
+  return read(1)
+end
+
+--- All elements in row-major order as one table.
+function methods.values(t)
+  local host, values = methods.host(t), {}
+  for i = 1, fields.count(t) do values[i] = tonumber(host[i - 1]) end
+  return values
+end
+
+--- Fill in place; not seen by the tape. Returns the tensor.
+function methods.fill(t, value)
+  call_at(2, C.halo_tensor_fill, t, value)
+  return t
+end
+
+--- Copy from another tensor of the same shape, converting dtype and device; not seen by the tape.
+function methods.copy_from(t, source)
+  call_at(2, C.halo_tensor_copy, t, check(source, "copy_from: source", 2))
+  return t
+end
+
+--- t += scale * other, in place; not seen by the tape.
+function methods.add_scaled(t, other, scale)
+  call_at(2, C.halo_tensor_add_scaled, t, check(other, "add_scaled: other", 2), scale or 1)
+  return t
+end
+
+--- t *= scale, in place; not seen by the tape.
+function methods.scale(t, scale)
+  call_at(2, C.halo_tensor_scale, t, scale)
+  return t
+end
+
+--- Another view of the same data that the tape does not follow.
+function methods.detach(t)
+  call_at(2, C.halo_tensor_detach, slot, t)
+  return M.own(slot[0])
+end
+
+--- A contiguous copy that the tape does not follow.
+function methods.clone(t)
+  local copy = allocate("clone", { shape = shape_of(t), dtype = fields.dtype(t), device = fields.device(t) }, false, 2)
+  call_at(2, C.halo_tensor_copy, copy, t)
+  return copy
+end
+
+--- Ask for a gradient (or not, with false). Returns the tensor.
+function methods.require_grad(t, on)
+  call_at(2, C.halo_tensor_require_grad, t, on == false and 0 or 1)
+  return t
+end
+
+--- Set the gradient to nil.
+function methods.drop_grad(t)
+  call_at(2, C.halo_tensor_set_grad, t, nil)
+  return t
+end
+
+--- Gradients of this tensor with respect to all leaves; see `halo.autograd.backward`.
+function methods.backward(t, seed) return require("halo.autograd").backward(t, seed) end
+
+local hash = ffi.new "uint64_t[1]"
+
+--- 64-bit hash of dtype, shape and contents as 16 hexadecimal digits; equal on every rank for equal
+-- tensors.
+function methods.hash(t)
+  call_at(2, C.halo_tensor_hash, t, hash)
+  return ("%08x%08x"):format(tonumber(hash[0] / 2 ^ 32), tonumber(hash[0] % 2 ^ 32))
+end
+
+-- ---- printing -----------------------------------------------------------------------------------
+
+--- "f32 [2,96,64]".
+function M.describe(t)
+  return ("%s [%s]"):format(fields.dtype(t), table.concat(shape_of(t), ","))
+end
+
+local shown = 6 -- elements in a summary
+
+local function summary(t)
+  if released[t] then return "tensor (freed)" end
+  local parts, count = {}, fields.count(t)
+  for i = 0, math.min(count, shown) - 1 do
+    call_at(2, C.halo_tensor_get, t, i, number)
+    parts[#parts + 1] = ("%.5g"):format(number[0])
+  end
+  return ("%s %s%s: %s%s"):format(M.describe(t), fields.device(t), fields.requires_grad(t) and " grad" or "",
+    #parts > 0 and table.concat(parts, " ") or "(no elements)", count > shown and " ..." or "")
+end
+
+-- ---- the metatype -------------------------------------------------------------------------------
+
+-- halo.ops needs this file, so it is loaded at the first method that is not ours.
+local function op_method(name)
+  require "halo.ops"
+  return methods[name]
+end
+
+local field_names
+local function unknown_field(t, name, level)
+  if not field_names then
+    field_names = args.keys(fields)
+    for k in pairs(methods) do field_names[#field_names + 1] = k end
+  end
+  errors.raise("usage", ("%s has no field or method %s%s"):format(M.describe(t), args.describe(name),
+    args.did_you_mean(name, field_names)), level + 1)
+end
+
+local function arithmetic(name)
+  return function(a, b) return require("halo.ops").operators[name](a, b) end
+end
+
+ffi.metatype("halo_tensor", {
+  __index = function(t, name)
+    if released[t] and name ~= "free" then check(t, "the tensor", 2) end
+    local get = fields[name]
+    if get then return get(t) end
+    return methods[name] or op_method(name) or unknown_field(t, name, 2)
+  end,
+  __newindex = function(t, name, value)
+    check(t, "the tensor", 2)
+    local set = setters[name]
+    if not set then unknown_field(t, name, 2) end
+    set(t, value)
+  end,
+  __add = arithmetic "add",
+  __sub = arithmetic "sub",
+  __mul = arithmetic "mul",
+  __div = arithmetic "div",
+  __pow = arithmetic "pow",
+  __unm = arithmetic "neg",
+  __len = function(t) return methods.size(t, 1) end,
+  __tostring = summary,
+  __concat = function(a, b)
+    return (is_tensor(a) and summary(a) or tostring(a)) .. (is_tensor(b) and summary(b) or tostring(b))
+  end,
+})
+
+return setmetatable(M, {
+  __call = function(_, value, o) return M.from_table(value, o) end,
+})
