@@ -1,4 +1,6 @@
 std = "luajit+busted"
 max_line_length = 120
 exclude_files = { "build*", "runs" }
-files["recipes/*.lua"] = { std = "luajit", ignore = { "113" } }
+-- A recipe's words are its globals; halo itself refuses those that do not exist.
+files["recipes/**/*.lua"] = { ignore = { "113" } }
+files["tests/fixtures/**/*.lua"] = { ignore = { "113" } }

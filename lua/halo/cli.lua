@@ -61,11 +61,12 @@ local function report(e, trace)
   local ranks, rank = launch.job()
   -- A place in a recipe or script helps its author; a place in Halo itself is for --trace.
   local is_ours = e.where and e.where:find("lua/halo/", 1, true) and not trace
-  local lines = { "error: " .. (ranks > 1 and ("rank %d: "):format(rank) or "") .. (is_ours and e.message or tostring(e)) }
+  local who = ranks > 1 and ("rank %d: "):format(rank) or ""
+  local lines = { "error: " .. who .. (is_ours and e.message or tostring(e)) }
   if e.hint then lines[#lines + 1] = "  try: " .. e.hint end
   if trace and e.traceback then
     lines[#lines + 1] = e.traceback
-  elseif e.class == "internal" then
+  elseif e.class == "internal" and (is_ours or not e.where) then
     lines[#lines + 1] = "  (--trace shows where)"
   end
   -- Usage errors are the same on every rank; any other error may be one rank's alone.
@@ -83,7 +84,7 @@ function M.guarded(f, trace)
     return e
   end)
   local launch = require "halo.launch"
-  local code = 0
+  local code
   if not ok then
     report(result, trace)
     code = errors.exit_code(result)
@@ -160,10 +161,13 @@ function M.find_recipe(name)
   end
   local names = {}
   for _, file in ipairs(folder and fs.list(folder) or {}) do names[#names + 1] = file:match "^(.*)%.lua$" end
-  errors.raise("usage", ("no recipe %s%s"):format(name, args.did_you_mean(fs.basename(name):gsub("%.lua$", ""), names)), 0)
+  local word = fs.basename(name):gsub("%.lua$", "")
+  errors.raise("usage", ("no recipe %s%s"):format(name, args.did_you_mean(word, names)), 0)
 end
 
---- Read a recipe as verbs want it: found, overridden, with `--ranks` and `--out`, resolved.
+--- Read a recipe as verbs want it: found, overridden, with `--ranks`, resolved.
+-- @treturn table resolved
+-- @treturn node the recipe
 function M.read_recipe(options)
   local recipe = require "halo.recipe"
   local overrides, others = M.split_overrides(options.overrides or {})
@@ -178,7 +182,6 @@ function M.read_recipe(options)
     end
     node.mesh.cp = options.ranks / dp
   end
-  if options.out then node.out = options.out end
   return recipe.resolve(node), node
 end
 

@@ -105,9 +105,8 @@ end
 -- @treturn table candidates, sorted
 function M.candidates(line, env)
   local topic = line:match "^%s*%?%s*(.*)$"
-  local set, start = {}, nil
+  local set, start = {}, topic
   if topic then
-    start = topic
     for _, word in ipairs(require("halo.help").words()) do set[word] = true end
   else
     local text = open_string(line) or line:match "^%s*%$.-(%S*)$"

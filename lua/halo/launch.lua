@@ -90,8 +90,8 @@ function M.ensure(wanted, argv, o)
   local size, _, launched = M.job()
   if launched then
     if size ~= wanted then
-      errors.raise("usage", ("%s wants %d rank%s, this job has %d; try mesh.cp=%d"):format(o.origin or "the mesh", wanted,
-        wanted == 1 and "" or "s", size, size), 0)
+      errors.raise("usage", ("%s wants %d rank%s, this job has %d; try mesh.cp=%d"):format(o.origin or "the mesh",
+        wanted, wanted == 1 and "" or "s", size, size), 0)
     end
     return
   end

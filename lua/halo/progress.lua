@@ -48,7 +48,7 @@ local function rate(self, i, now)
   return i > first.at and (now - first.time) / (i - first.at) or 0
 end
 
-function Bar:draw(i, note, now, per_unit)
+function Bar:draw(i, note, per_unit)
   local share = self.total > 0 and i / self.total or 1
   local text = ("%s %d/%d %3.0f%%"):format(self.label, i, self.total, share * 100)
   local tail = (note and note .. " " or "") .. "eta " .. term.duration(per_unit * (self.total - i))
@@ -78,7 +78,7 @@ function Bar:update(i, note)
     self.tenth = tenth
   end
   self.last_draw = now
-  self:draw(i, note, now, per_unit)
+  self:draw(i, note, per_unit)
 end
 
 --- Take the bar away, or leave a last line.

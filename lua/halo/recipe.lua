@@ -27,7 +27,7 @@
 --                 steps (counted from 1 over the run) that its shape spans
 --    attention  { type, ..., dense = { layers, below }, ring = { type, layout, block, inner }, frozen }
 --    every      list of { steps = n, actions = { { type, ... }, ... } }, n ascending
---    finally    list of actions
+--    initially, finally   lists of actions
 --    guard      list of { type, ..., act }
 --    total      { steps, tokens }
 -- An action written as a function is { type = "function", source, hash, line, call }.

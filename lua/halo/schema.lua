@@ -751,7 +751,8 @@ function M.help(name)
   if group and #group.types > 0 then
     local lines = { name .. ": one of" }
     for _, path in ipairs(group.types) do
-      lines[#lines + 1] = ("  %-34s %s"):format(M.signature(types[path]), (types[path].doc:match "^(.-)%.%s" or types[path].doc))
+      local doc = types[path].doc
+      lines[#lines + 1] = ("  %-34s %s"):format(M.signature(types[path]), doc:match "^(.-)%.%s" or doc)
     end
     return table.concat(lines, "\n")
   end

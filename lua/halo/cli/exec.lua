@@ -23,7 +23,14 @@ function M.run(options)
   rawset(_G, "arg", words)
   rawset(_G, "halo", require "halo")
   require("halo.strict").enable "error"
-  local result = chunk(unpack(words))
+  local result
+  local ok, e = xpcall(function() result = chunk(unpack(words)) end, function(e)
+    -- A plain error of the script is the script's affair, not a fault inside Halo.
+    local wrapped = errors.is(e) and e or errors.new { message = tostring(e), class = "usage" }
+    wrapped.traceback = debug.traceback("", 2):gsub("^%s+", "")
+    return wrapped
+  end)
+  if not ok then error(e, 0) end
   return type(result) == "number" and result or 0
 end
 

@@ -3,7 +3,6 @@ local cli = require "halo.cli"
 local launch = require "halo.launch"
 local process = require "halo.process"
 local term = require "halo.term"
-local term = require "halo.term"
 
 local M = {
   name = "repl",

@@ -15,7 +15,7 @@ function M.define(command)
     :convert(cli.count):argname "N"
   command:option("--resume", "auto: go on from the newest checkpoint of this recipe, if there is one; "
     .. "or a run or checkpoint folder"):argname "DIR"
-  command:option("--out", "folder that run folders are made in"):argname "DIR"
+  command:option("--out", "the run's folder (default: a new one, named by date and recipe, in the recipe's out)"):argname "DIR"
   command:flag("--verbose -v", "say more")
 end
 
@@ -24,10 +24,10 @@ function M.run(options)
   local mesh = resolved.mesh
   launch.ensure(mesh.dp * mesh.cp, options.argv,
     { origin = ("mesh { dp = %d, cp = %d }"):format(mesh.dp, mesh.cp) })
-  local outcome = require("halo.train").run(resolved, {
-    resume = options.resume, out = resolved.out, verbose = options.verbose or false,
+  local _, code = require("halo.train").run(resolved, {
+    resume = options.resume, out = options.out, verbose = options.verbose or false,
   })
-  if outcome == "preempted" then return require("halo.errors").exit_codes.preempted end
+  return code
 end
 
 return M

@@ -9,7 +9,8 @@ local M = {
 }
 
 function M.define(command)
-  command:argument("file", "a text file (with --decode: ids, parted by spaces, commas or lines); - reads standard input")
+  command:argument("file", "a text file (with --decode: ids, parted by spaces, commas or lines); "
+    .. "- reads standard input")
   command:option("--tokenizer -t", "a folder with tokenizer.json, vocab.json and merges.txt, or tokenizer.model; "
     .. '"byte" for the byte tokenizer'):argname "DIR":count(1)
   command:flag("--decode -d", "ids to text")
