@@ -34,22 +34,12 @@ static double sample(int what, int64_t b, int64_t t, int64_t h, int64_t d) {
   return 2 * halo_random_uniform(7, (uint64_t)what, (uint64_t)(((b * 4096 + t) * 64 + h) * 256 + d)) - 1;
 }
 
-static double q_at(const test_case *c, int64_t b, int64_t t, int64_t h, int64_t d) {
-  return c->magnitude * sample(0, b, t, h, d);
-}
-static double k_at(const test_case *c, int64_t b, int64_t t, int64_t h, int64_t d) {
-  return c->magnitude * sample(1, b, t, h, d);
-}
-static double v_at(const test_case *c, int64_t b, int64_t t, int64_t h, int64_t d) {
-  (void)c;
-  return sample(2, b, t, h, d);
-}
-static double g_at(const test_case *c, int64_t b, int64_t t, int64_t h, int64_t d) {
-  (void)c;
-  return sample(3, b, t, h, d);
+/* q, k, v and the output's gradient, for all tokens. */
+static double value(const test_case *c, int what, int64_t b, int64_t t, int64_t h, int64_t d) {
+  return (what < 2 ? c->magnitude : 1) * sample(what, b, t, h, d);
 }
 
-typedef double (*at_fn)(const test_case *, int64_t, int64_t, int64_t, int64_t);
+enum { Q, K, V, GRAD };
 
 static double scale_of(const test_case *c) { return 1 / sqrt((double)c->D); }
 
@@ -115,18 +105,40 @@ static void result_free(result *r) {
   free(r->out), free(r->lse), free(r->dq), free(r->dk), free(r->dv);
 }
 
-/* One query row: forward, then its share of all gradients. */
-static void oracle_row(const test_case *c, const halo_plan *p, result *r, int64_t b, int64_t h,
-                       int64_t i, double *weight) {
+/* All values of one kind as [B,N,heads,D]. */
+static double *table(const test_case *c, int what, int64_t heads) {
+  double *x = zeros(c->B * c->N * heads * c->D), *at = x;
+  for (int64_t b = 0; b < c->B; b++) {
+    for (int64_t t = 0; t < c->N; t++) {
+      for (int64_t h = 0; h < heads; h++) {
+        for (int64_t d = 0; d < c->D; d++) *at++ = value(c, what, b, t, h, d);
+      }
+    }
+  }
+  return x;
+}
+
+static double dot(const double *a, const double *b, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+static void add(double *y, double factor, const double *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] += factor * x[i];
+}
+
+/* One query row: forward, then its share of all gradients. x: the tables of q, k, v, grad. */
+static void oracle_row(const test_case *c, const halo_plan *p, result *r, double *const *x, int64_t b,
+                       int64_t h, int64_t i, double *weight) {
   const int64_t kv = h / (c->H / c->Hk), D = c->D, at = ((b * c->N + i) * c->H + h) * D;
-  double top = -INFINITY, sum = 0, delta = 0;
+  const int64_t step = c->Hk * D, first = (b * c->N * c->Hk + kv) * D; // key j at first + j * step
+  const double *q = x[Q] + at, *g = x[GRAD] + at, *k = x[K] + first, *v = x[V] + first;
+  double top = -INFINITY, sum = 0;
   for (int64_t j = 0; j < c->N; j++) {
-    weight[j] = -INFINITY;
-    if (!halo_plan_visible(p, b, h, i, j)) continue;
-    double s = 0;
-    for (int64_t d = 0; d < D; d++) s += q_at(c, b, i, h, d) * k_at(c, b, j, kv, d);
-    weight[j] = s * scale_of(c);
-    if (weight[j] > top) top = weight[j];
+    const bool sees = halo_plan_visible(p, b, h, i, j);
+    weight[j] = sees ? scale_of(c) * dot(q, k + j * step, D) : -INFINITY;
+    top = fmax(top, weight[j]);
   }
   for (int64_t j = 0; j < c->N; j++) {
     weight[j] = top == -INFINITY ? 0 : exp(weight[j] - top);
@@ -136,33 +148,28 @@ static void oracle_row(const test_case *c, const halo_plan *p, result *r, int64_
   if (sum == 0) return;
   for (int64_t j = 0; j < c->N; j++) {
     weight[j] /= sum;
-    for (int64_t d = 0; d < D && weight[j] != 0; d++) {
-      r->out[at + d] += weight[j] * v_at(c, b, j, kv, d);
-    }
+    if (weight[j] != 0) add(r->out + at, weight[j], v + j * step, D);
   }
-  for (int64_t d = 0; d < D; d++) delta += r->out[at + d] * g_at(c, b, i, h, d);
+  const double delta = dot(r->out + at, g, D);
   for (int64_t j = 0; j < c->N; j++) {
     if (weight[j] == 0) continue;
-    const int64_t kat = ((b * c->N + j) * c->Hk + kv) * D;
-    double dp = 0;
-    for (int64_t d = 0; d < D; d++) dp += g_at(c, b, i, h, d) * v_at(c, b, j, kv, d);
-    const double ds = weight[j] * (dp - delta) * scale_of(c);
-    for (int64_t d = 0; d < D; d++) {
-      r->dv[kat + d] += weight[j] * g_at(c, b, i, h, d);
-      r->dk[kat + d] += ds * q_at(c, b, i, h, d);
-      r->dq[at + d] += ds * k_at(c, b, j, kv, d);
-    }
+    const double ds = weight[j] * (dot(g, v + j * step, D) - delta) * scale_of(c);
+    add(r->dv + first + j * step, weight[j], g, D);
+    add(r->dk + first + j * step, ds, q, D);
+    add(r->dq + at, ds, k + j * step, D);
   }
 }
 
 static result oracle(const test_case *c, const halo_plan *p) {
   result r = result_new(c);
-  double *weight = zeros(c->N);
+  double *weight = zeros(c->N), *x[4];
+  for (int what = 0; what < 4; what++) x[what] = table(c, what, what == K || what == V ? c->Hk : c->H);
   for (int64_t b = 0; b < c->B; b++) {
     for (int64_t h = 0; h < c->H; h++) {
-      for (int64_t i = 0; i < c->N; i++) oracle_row(c, p, &r, b, h, i, weight);
+      for (int64_t i = 0; i < c->N; i++) oracle_row(c, p, &r, x, b, h, i, weight);
     }
   }
+  for (int what = 0; what < 4; what++) free(x[what]);
   free(weight);
   return r;
 }
@@ -170,7 +177,7 @@ static result oracle(const test_case *c, const halo_plan *p) {
 /* ---- running on a ring -------------------------------------------------------------------------- */
 
 /* A tensor [B, here*T, heads, D] of the tokens that live here; padding tokens get `padding`. */
-static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo_ring *ring, at_fn at,
+static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo_ring *ring, int what,
                             int64_t heads, double padding) {
   const int64_t T = halo_layout_local_tokens(l), here = halo_ring_here(ring);
   const int64_t shape[4] = {c->B, here * T, heads, c->D};
@@ -183,7 +190,7 @@ static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo
       for (int64_t h = 0; h < heads; h++) {
         for (int64_t d = 0; d < c->D; d++) {
           x[((b * here * T + i) * heads + h) * c->D + d] =
-              token < c->N ? at(c, b, token, h, d) : padding;
+              token < c->N ? value(c, what, b, token, h, d) : padding;
         }
       }
     }
@@ -272,10 +279,10 @@ static halo_status backward(halo_tensor *root, halo_tensor *seed) {
 /* Forward and backward of a case; gradients end in q, k, v. */
 static tensors run(const test_case *c, const halo_layout *l, halo_ring *ring, halo_plan *plan) {
   tensors t = {0};
-  t.q = scatter(c, l, ring, q_at, c->H, 3);
-  t.k = scatter(c, l, ring, k_at, c->Hk, 3);
-  t.v = scatter(c, l, ring, v_at, c->Hk, 3);
-  t.grad = scatter(c, l, ring, g_at, c->H, 3);
+  t.q = scatter(c, l, ring, Q, c->H, 3);
+  t.k = scatter(c, l, ring, K, c->Hk, 3);
+  t.v = scatter(c, l, ring, V, c->Hk, 3);
+  t.grad = scatter(c, l, ring, GRAD, c->H, 3);
   CHECK_OK(halo_tensor_require_grad(t.q, 1));
   CHECK_OK(halo_tensor_require_grad(t.k, 1));
   CHECK_OK(halo_tensor_require_grad(t.v, 1));
@@ -641,7 +648,7 @@ static void cached_equals_dense(void) {
       for (int64_t t = 0; t < Tq; t++) CHECK_OK(halo_tensor_set(query_at, t, (double)(first_query + t)));
       for (int64_t j = 0; j < halo_tensor_count(q); j++) {
         const int64_t d = j % c.D, h = j / c.D % c.H, t = j / c.D / c.H % Tq, b = j / c.D / c.H / Tq;
-        CHECK_OK(halo_tensor_set(q, j, q_at(&c, b, first_query + t, h, d)));
+        CHECK_OK(halo_tensor_set(q, j, value(&c, Q, b, first_query + t, h, d)));
       }
       for (int64_t owner = 0; owner < 2; owner++) { // tokens owner, owner + 2, ...
         const int64_t length = (c.N - owner + 1) / 2;
@@ -652,8 +659,8 @@ static void cached_equals_dense(void) {
         for (int64_t j = 0; j < c.B * length * c.Hk * c.D; j++) {
           const int64_t d = j % c.D, h = j / c.D % c.Hk, x = j / c.D / c.Hk % length;
           const int64_t b = j / c.D / c.Hk / length, to = ((b * capacity + x) * c.Hk + h) * c.D + d;
-          CHECK_OK(halo_tensor_set(k, to, k_at(&c, b, owner + 2 * x, h, d)));
-          CHECK_OK(halo_tensor_set(v, to, v_at(&c, b, owner + 2 * x, h, d)));
+          CHECK_OK(halo_tensor_set(k, to, value(&c, K, b, owner + 2 * x, h, d)));
+          CHECK_OK(halo_tensor_set(v, to, value(&c, V, b, owner + 2 * x, h, d)));
           CHECK_OK(halo_tensor_set(at, x, (double)(owner + 2 * x)));
         }
         CHECK_OK(halo_attention_cached(&o, &l, q, k, v, length, at, query_at, scale_of(&c)));
@@ -708,9 +715,9 @@ static void nan_is_not_swallowed(void) {
   const int64_t token = 17;
   for (int which = 0; which < 2; which++) {
     tensors t = {0};
-    t.q = scatter(&c, l, ring, q_at, c.H, 0);
-    t.k = scatter(&c, l, ring, k_at, c.Hk, 0);
-    t.v = scatter(&c, l, ring, v_at, c.Hk, 0);
+    t.q = scatter(&c, l, ring, Q, c.H, 0);
+    t.k = scatter(&c, l, ring, K, c.Hk, 0);
+    t.v = scatter(&c, l, ring, V, c.Hk, 0);
     CHECK_OK(halo_tensor_set(which ? t.k : t.v, token * c.Hk * c.D, NAN));
     CHECK_OK(halo_attention(&t.out, &t.lse, t.q, t.k, t.v, plan, ring, 1));
     for (int64_t i = 0; i < c.N; i++) {
@@ -738,8 +745,8 @@ static void bad_arguments_are_refused(void) {
   CHECK_OK(halo_layout_new(&l, HALO_LAYOUT_STRIPED, c.N, 2, c.G));
   CHECK_OK(halo_ring_new(&ring, comm, HALO_SCHEDULE_FLAT, 0));
   halo_plan *plan = make_plan(&c, l), *open;
-  halo_tensor *q = scatter(&c, l, ring, q_at, 4, 0), *k = scatter(&c, l, ring, k_at, 2, 0);
-  halo_tensor *three = scatter(&c, l, ring, k_at, 3, 0), *out = NULL, *half, *narrow;
+  halo_tensor *q = scatter(&c, l, ring, Q, 4, 0), *k = scatter(&c, l, ring, K, 2, 0);
+  halo_tensor *three = scatter(&c, l, ring, K, 3, 0), *out = NULL, *half, *narrow;
   CHECK_OK(halo_tensor_zeros(&half, HALO_BF16, HALO_CPU, 4, k->shape));
   CHECK_OK(halo_tensor_zeros(&narrow, HALO_F32, HALO_CPU, 4, (const int64_t[]){1, 16, 2, 4}));
   CHECK_STATUS(halo_attention(&out, NULL, q, three, three, plan, ring, 1), HALO_EARG);
@@ -779,7 +786,7 @@ static void survives_failed_allocations(void) {
     halo_ring *ring;
     CHECK_OK(halo_ring_new(&ring, comm, HALO_SCHEDULE_FLAT, 0));
     halo_plan *plan = make_plan(&c, l);
-    halo_tensor *q = scatter(&c, l, ring, q_at, c.H, 0), *k = scatter(&c, l, ring, k_at, c.Hk, 0);
+    halo_tensor *q = scatter(&c, l, ring, Q, c.H, 0), *k = scatter(&c, l, ring, K, c.Hk, 0);
     halo_tensor *out = NULL;
     CHECK_OK(halo_tensor_require_grad(q, 1));
     CHECK_OK(halo_tensor_require_grad(k, 1));
