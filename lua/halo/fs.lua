@@ -97,9 +97,13 @@ function M.list(path)
 end
 
 --- Every file below a folder, depth first in sorted order: `for path, relative in fs.walk(dir)`.
--- Hidden names (leading dot) are skipped.
+-- Hidden names (leading dot) are skipped; a folder met again through a link is not entered twice.
 function M.walk(path)
+  local entered = {}
   local function visit(folder, prefix)
+    local real = M.realpath(folder)
+    if not real or entered[real] then return end
+    entered[real] = true
     for _, name in ipairs(M.list(folder) or {}) do
       if name:sub(1, 1) ~= "." then
         local full = M.join(folder, name)

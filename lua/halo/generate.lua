@@ -13,6 +13,7 @@ local attending = require "halo.attending"
 local autograd = require "halo.autograd"
 local halo_ffi = require "halo.ffi"
 local ops = require "halo.ops"
+local memory = require "halo.memory"
 local tensor = require "halo.tensor"
 
 local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
@@ -156,9 +157,9 @@ function M.run(o)
       return attend:attend(layer, q, k, v)
     end
     local logits
-    tensor.scope(function()
+    memory.scope(function()
       local hidden = last_hidden(model:hidden(ids, run), attend, n)
-      logits = tensor.keep(ops.linear(hidden, model:head(), nil):reshape { model.config.vocab })
+      logits = memory.keep(ops.linear(hidden, model:head(), nil):reshape { model.config.vocab })
     end)
     for row = 0, here - 1 do
       local position = attend:global_of(row)
@@ -173,10 +174,10 @@ function M.run(o)
       if step == o.tokens then break end
       local position = n + step - 1
       local mine = attend:keeps_new(step)
-      tensor.scope(function()
-        local one = tensor.new({ { id } }, { dtype = "i32" })
-        local where = tensor.new({ { position } }, { dtype = "i32" })
-        local q_position = tensor.new({ position }, { dtype = "i64" })
+      memory.scope(function()
+        local one = tensor.from_table({ { id } }, { dtype = "i32" })
+        local where = tensor.from_table({ { position } }, { dtype = "i32" })
+        local q_position = tensor.from_table({ position }, { dtype = "i64" })
         local decode = {}
         decode.cos, decode.sin = model:positions(where, o.rope_length or length)
         if mine then cache:set_position(cache.length, position) end

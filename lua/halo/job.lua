@@ -20,10 +20,11 @@ local model = require "halo.model"
 local optim = require "halo.optim"
 local progress = require "halo.progress"
 local rate = require "halo.schedule"
+local memory = require "halo.memory"
 local tensor = require "halo.tensor"
 local tokenizer = require "halo.tokenizer"
 
-local C = halo_ffi.C
+local C, ffi = halo_ffi.C, halo_ffi.ffi
 
 local Job = {}
 Job.__index = Job
@@ -94,7 +95,7 @@ function M.new(recipe, o)
   self.data_index = math.floor(self.rank / self.cp)
   self.ring_comm = self.dp == 1 and self.comm or self.comm:split(self.data_index, self.rank)
   self.tokenizer = open_tokenizer(recipe)
-  tensor.with_tag("weights", function() self.model = build_model(recipe, self.tokenizer.vocab_size) end)
+  memory.tagged("weights", function() self.model = build_model(recipe, self.tokenizer.vocab_size) end)
   self.attending = attending.new { config = self.model.config, comm = self.ring_comm,
     pattern = recipe.attention, inner = self.comm:local_size() }
   self.optim = optim.adamw(self.model.parameters, recipe.optim)
@@ -103,11 +104,13 @@ function M.new(recipe, o)
   return self
 end
 
---- A number that differs when any weight differs; equal on all ranks of a healthy job.
+--- A 64-bit number that differs when any weight differs; equal on all ranks of a healthy job.
 function Job:weights_hash()
-  local bit = require "bit"
-  local h = 0ULL
-  for _, p in ipairs(self.model.parameters) do h = bit.bxor(bit.rol(h, 7), p.tensor:hash()) end
+  local h, one = 0ULL, ffi.new "uint64_t[1]"
+  for _, p in ipairs(self.model.parameters) do
+    halo_ffi.check(C.halo_tensor_hash(p.tensor, one))
+    h = bit.bxor(bit.rol(h, 7), one[0])
+  end
   return h
 end
 
@@ -157,7 +160,7 @@ end
 function Job:micro_step(step, micro)
   local batch = self:batch(step, micro)
   self.attending:begin { documents = batch.documents, step = step }
-  return tensor.scope(function()
+  return memory.scope(function()
     local loss, count = self.model:loss(batch.ids, batch.labels, self:run_of(batch))
     local sum, n = loss:item(), count:item()
     if n > 0 then loss:backward() end
@@ -230,7 +233,7 @@ function Job:loss_on(batch, attend)
     attend:begin { documents = batch.documents, step = self.step_index }
     local run = { mlp_chunk = 4096, attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
     local sum, n
-    tensor.scope(function()
+    memory.scope(function()
       run.cos, run.sin = self.model:positions(batch.positions, attend.context)
       local loss, count = self.model:loss(batch.ids, batch.labels, run)
       sum, n = loss:item(), count:item()

@@ -24,6 +24,7 @@ describe("golden models of Transformers", function()
   local model = require "halo.model"
   local optim = require "halo.optim"
   local safetensors = require "halo.safetensors"
+  local memory = require "halo.memory"
   local tensor = require "halo.tensor"
   local autograd = require "halo.autograd"
   local C, check = halo_ffi.C, halo_ffi.check
@@ -182,7 +183,7 @@ describe("golden models of Transformers", function()
           local batch = lay(attend, ids, ids)
           attend:begin {}
           opt:zero_grad()
-          tensor.scope(function()
+          memory.scope(function()
             local loss, labels = m:loss(batch.ids, batch.labels, run_of(m, attend, batch.positions))
             local n = labels:item()
             local mean = loss:item() / n

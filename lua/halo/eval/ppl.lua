@@ -14,6 +14,7 @@
 local args = require "halo.args"
 local autograd = require "halo.autograd"
 local ffi = require "ffi"
+local memory = require "halo.memory"
 local tensor = require "halo.tensor"
 
 local M = {
@@ -47,7 +48,7 @@ local function score(model, attend, ids, from, to)
   local nll, count = {}, {}
   for b = 1, 48 do nll[b], count[b] = 0, 0 end
   autograd.no_grad(function()
-    tensor.scope(function()
+    memory.scope(function()
       local local_ids, positions = attend:cut(ids)
       local t = attend:local_tokens()
       local labels = ffi.new("int32_t[?]", t)

@@ -133,7 +133,7 @@ end
 function Model:positions(positions, length)
   local inv, factor = rope.frequencies(self.config.rope, self.config.head_dim, length)
   local dtype = self.dtype == "f64" and "f64" or "f32"
-  local cos, sin = ops.rope_table(positions, tensor.new(inv, { dtype = "f32" }), { scale = factor })
+  local cos, sin = ops.rope_table(positions, tensor.from_table(inv, { dtype = "f32" }), { scale = factor })
   if dtype == "f64" then cos, sin = cos:cast "f64", sin:cast "f64" end
   return cos, sin
 end
@@ -166,6 +166,20 @@ local function mlp(self, p, h)
   return ops.linear(ops.swiglu(gate, up), w[p .. "mlp.down_proj.weight"], nil)
 end
 
+-- Any number of parts along the token dim; the op takes a few at a time.
+local function join(parts)
+  while #parts > 1 do
+    local next_parts = {}
+    for i = 1, #parts, 8 do
+      local group = { dim = 2 }
+      for j = i, math.min(i + 7, #parts) do group[#group + 1] = parts[j] end
+      next_parts[#next_parts + 1] = #group == 1 and group[1] or ops.cat(group)
+    end
+    parts = next_parts
+  end
+  return parts[1]
+end
+
 -- The MLP's inner activations are ffn/width times the hidden state: in chunks of tokens they never
 -- exist at full length (DESIGN D5).
 local function mlp_block(self, layer, x, run)
@@ -178,7 +192,7 @@ local function mlp_block(self, layer, x, run)
     local part = h:slice { dim = 2, from = from, to = math.min(from + chunk - 1, tokens) }
     parts[#parts + 1] = mlp(self, p, part)
   end
-  return x + tensor.cat(parts, 2)
+  return x + join(parts)
 end
 
 --- One layer, from hidden state to hidden state.
