@@ -7,9 +7,10 @@
  *           type
  * labels    i64; a row whose label is `ignore` has loss 0 and gradient 0; the others were checked to
  *           lie in [0,V)
- * fused     cross_entropy_fused turns logits into gradients (g = 1) in place and gives the loss: the
- *           row (200 KB at V = 50257) stays in the second-level cache between its three passes, so
- *           memory sees one read and one write
+ * fused     cross_entropy_fused turns logits into gradients in place and gives the loss: the row
+ *           (200 KB at V = 50257) stays in the second-level cache between its three passes, so
+ *           memory sees one read and one write. g is one number per row (its weight), or NULL for 1;
+ *           the loss is without it
  * numbers   maximum first; sums of 1024 terms in the arithmetic type, their sum in fp64
  * twin      kernels/cuda/cross_entropy.cu
  */
@@ -37,9 +38,9 @@ halo_status halo_cpu_cross_entropy_bwd(halo_dtype t, void *dz, const void *z, in
 }
 
 halo_status halo_cpu_cross_entropy_fused(halo_dtype t, void *loss, void *z, int64_t ld,
-                                         const int64_t *labels, int64_t rows,
+                                         const int64_t *labels, const void *g, int64_t rows,
                                          int64_t vocab, int64_t ignore) {
-  HALO_REAL_SWITCH(t, cross_entropy_fused, (loss, z, ld, labels, rows, vocab, ignore));
+  HALO_REAL_SWITCH(t, cross_entropy_fused, (loss, z, ld, labels, g, rows, vocab, ignore));
 }
 
 #else
@@ -104,8 +105,8 @@ static halo_status REAL(cross_entropy_bwd)(real *restrict dz, const real *restri
 }
 
 static halo_status REAL(cross_entropy_fused)(acc *restrict loss, real *restrict z, int64_t ld,
-                                             const int64_t *labels, int64_t rows,
-                                             int64_t vocab, int64_t ignore) {
+                                             const int64_t *labels, const acc *restrict g,
+                                             int64_t rows, int64_t vocab, int64_t ignore) {
 #pragma omp parallel for schedule(static) if (rows * vocab > 1 << 13)
   for (int64_t i = 0; i < rows; i++) {
     const int64_t label = labels[i];
@@ -128,9 +129,9 @@ static halo_status REAL(cross_entropy_fused)(acc *restrict loss, real *restrict 
       total += (double)sum;
     }
     loss[i] = (acc)log(total) + (m - at_label);
-    const acc inverse = (acc)(1 / total);
-    for (int64_t j = 0; j < vocab; j++) zi[j] = STORE(LOAD(zi[j]) * inverse);
-    zi[label] = STORE(HALO__EXP(at_label - m) * inverse - 1);
+    const acc gi = g != NULL ? g[i] : 1, scale = gi * (acc)(1 / total);
+    for (int64_t j = 0; j < vocab; j++) zi[j] = STORE(LOAD(zi[j]) * scale);
+    zi[label] = STORE(HALO__EXP(at_label - m) * scale - gi);
   }
   return HALO_OK;
 }

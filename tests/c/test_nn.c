@@ -359,7 +359,7 @@ static void strided_inputs_are_seen_right(void) {
     halo_tensor_free(k.in[0]);
     k.in[0] = strided(SHAPE(2, 3, 2, 6), step, 7);
     check_case(k);
-    check_case((test_case){.op = "linear_cross_entropy", .n_in = 3, .n_param = 3,
+    check_case((test_case){.op = "linear_cross_entropy", .n_in = 4, .n_param = 3,
                            .in = {strided(SHAPE(5, 3), step, 2), strided(SHAPE(7, 3), step, 1),
                                   integers(HALO_I32, SHAPE(5), 7)},
                            .wants = {true, true}, .param = {2, -100, 1}});
@@ -382,26 +382,103 @@ static halo_tensor *labels_for(int64_t rows, int64_t vocab, int ignored_every) {
   return t;
 }
 
+/* NULL, or a weight per row; every third is 0. */
+static halo_tensor *weights_for(int64_t rows, bool is_weighted) {
+  halo_tensor *t = NULL;
+  if (!is_weighted) return NULL;
+  CHECK_OK(halo_tensor_new(&t, HALO_F64, HALO_CPU, 1, &rows));
+  CHECK_OK(halo_tensor_uniform(t, 5, stream++, 0.1, 20));
+  for (int64_t i = 1; i < rows; i += 3) halo_tensor_set(t, i, 0);
+  return t;
+}
+
 static void losses_have_their_gradients(void) {
   static const int64_t sizes[][3] = {{1, 1, 1}, {5, 3, 7}, {11, 6, 33}, {2, 1, 1030}, {0, 3, 4}};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
     const int64_t *s = sizes[i];
     for (int every = 0; every <= 3; every++) { // none, all, every second, every third ignored
       if (s[2] > 100 && every > 0) continue; // long rows only: several blocks of the sum
-      check_case((test_case){.op = "cross_entropy", .n_in = 2, .n_param = 1,
-                             .in = {make(HALO_F64, SHAPE(s[0], s[2])), labels_for(s[0], s[2], every)},
-                             .wants = {true}, .param = {-100}});
-      for (int save = 0; save < 2; save++) {
-        for (int64_t chunk = 0; chunk <= (s[2] > 100 ? 0 : 4); chunk += 2) {
-          check_case((test_case){.op = "linear_cross_entropy", .n_in = 3, .n_param = 3,
-                                 .in = {make(HALO_F64, SHAPE(s[0], s[1])),
-                                        make(HALO_F64, SHAPE(s[2], s[1])),
-                                        labels_for(s[0], s[2], every)},
-                                 .wants = {true, true}, .param = {(double)chunk, -100, save}});
+      for (int weighted = 0; weighted < 2; weighted++) {
+        check_case((test_case){.op = "cross_entropy", .n_in = 3, .n_param = 1,
+                               .in = {make(HALO_F64, SHAPE(s[0], s[2])),
+                                      labels_for(s[0], s[2], every), weights_for(s[0], weighted)},
+                               .wants = {true}, .param = {-100}});
+        for (int save = 0; save < 2; save++) {
+          for (int64_t chunk = 0; chunk <= (s[2] > 100 ? 0 : 4); chunk += 2) {
+            check_case((test_case){.op = "linear_cross_entropy", .n_in = 4, .n_param = 3,
+                                   .in = {make(HALO_F64, SHAPE(s[0], s[1])),
+                                          make(HALO_F64, SHAPE(s[2], s[1])),
+                                          labels_for(s[0], s[2], every), weights_for(s[0], weighted)},
+                                   .wants = {true, true}, .param = {(double)chunk, -100, save}});
+          }
         }
       }
     }
   }
+}
+
+/* Weighted losses against the losses row by row: the sums, their dtypes, and that a row of weight 0 is
+ * a row without a label; weights of 1 are no weights. */
+static void weights_multiply_losses(void) {
+  enum { ROWS = 23, COLS = 5, VOCAB = 37 };
+  halo_tensor *x = make(HALO_F64, SHAPE(ROWS, COLS)), *w = make(HALO_F64, SHAPE(VOCAB, COLS));
+  halo_tensor *labels = labels_for(ROWS, VOCAB, 4), *weights = weights_for(ROWS, true), *z = NULL, *nll = NULL;
+  CHECK_OK(halo_op(&z, op_id("linear"), (halo_tensor *[]){x, w, NULL}, 3, NULL, 0));
+  CHECK_OK(halo_op(&nll, op_id("linear_token_loss"), (halo_tensor *[]){x, w, labels}, 3, (double[]){0, -100}, 2));
+  double sum = 0, total = 0, label, weight, loss;
+  for (int64_t i = 0; i < ROWS; i++) {
+    CHECK_OK(halo_tensor_get(labels, i, &label));
+    CHECK_OK(halo_tensor_get(weights, i, &weight));
+    CHECK_OK(halo_tensor_get(nll, i, &loss));
+    sum += weight * loss;
+    total += label == -100 ? 0 : weight;
+  }
+  CHECK(total > 0 && sum > 0);
+  halo_tensor *one = cast(weights, HALO_F64), *single = cast(x, HALO_F32), *matrix = cast(w, HALO_F32);
+  CHECK_OK(halo_tensor_fill(one, 1));
+  for (int form = 0; form < 4; form++) { // cross_entropy; linear_cross_entropy; weights of 1; fp32
+    halo_tensor *out[2] = {0};
+    const double p[] = {3, -100, 1};
+    halo_tensor *xs = form == 3 ? single : x, *ws = form == 3 ? matrix : w;
+    CHECK_OK(form == 0
+                 ? halo_op(out, op_id("cross_entropy"), (halo_tensor *[]){z, labels, weights}, 3, (double[]){-100}, 1)
+                 : halo_op(out, op_id("linear_cross_entropy"),
+                           (halo_tensor *[]){xs, ws, labels, form == 2 ? one : weights}, 4, p, 3));
+    double a, b;
+    CHECK_OK(halo_tensor_get(out[0], 0, &a));
+    CHECK_OK(halo_tensor_get(out[1], 0, &b));
+    CHECK(halo_tensor_dtype(out[1]) == halo_tensor_dtype(out[0]));
+    if (form == 2) {
+      halo_tensor *plain[2] = {0};
+      double c, n;
+      CHECK_OK(halo_op(plain, op_id("linear_cross_entropy"), (halo_tensor *[]){x, w, labels, NULL}, 4, p, 3));
+      CHECK_OK(halo_tensor_get(plain[0], 0, &c));
+      CHECK_OK(halo_tensor_get(plain[1], 0, &n));
+      CHECK(a == c && b == n && n == 17 && halo_tensor_dtype(plain[1]) == HALO_I64);
+      halo_tensor_free(plain[0]);
+      halo_tensor_free(plain[1]);
+    } else {
+      const double bound = form == 3 ? 1e-5 : 1e-12;
+      CHECK(fabs(a - sum) < bound * sum && fabs(b - total) < bound * total);
+    }
+    halo_tensor_free(out[0]);
+    halo_tensor_free(out[1]);
+  }
+  halo_tensor *none[2] = {0};
+  CHECK_OK(halo_tensor_set(weights, 5, -1));
+  CHECK_STATUS(halo_op(none, op_id("cross_entropy"), (halo_tensor *[]){z, labels, weights}, 3, (double[]){-100}, 1),
+               HALO_EARG);
+  CHECK(strstr(halo_error_message(), "weight -1 at position 5") != NULL);
+  CHECK_OK(halo_tensor_set(weights, 5, NAN));
+  CHECK_STATUS(halo_op(none, op_id("cross_entropy"), (halo_tensor *[]){z, labels, weights}, 3, (double[]){-100}, 1),
+               HALO_EARG);
+  CHECK_STATUS(halo_op(none, op_id("cross_entropy"), (halo_tensor *[]){z, labels, labels}, 3, (double[]){-100}, 1),
+               HALO_EARG);
+  CHECK_OK(halo_tensor_require_grad(one, 1));
+  CHECK_STATUS(halo_op(none, op_id("cross_entropy"), (halo_tensor *[]){z, labels, one}, 3, (double[]){-100}, 1),
+               HALO_EARG);
+  halo_tensor *all[] = {x, w, labels, weights, z, nll, one, single, matrix};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) halo_tensor_free(all[i]);
 }
 
 /* The chunked loss is the plain loss of the plain logits, row by row too. */
@@ -413,8 +490,8 @@ static void chunked_loss_is_the_loss(void) {
   CHECK_OK(halo_tensor_read(flat, ids));
   CHECK_OK(halo_tensor_from(&labels, HALO_I64, HALO_CPU, SHAPE(2, 11), ids));
   CHECK_OK(halo_op(&z, op_id("linear"), (halo_tensor *[]){x, w, NULL}, 3, NULL, 0));
-  CHECK_OK(halo_op(plain, op_id("cross_entropy"), (halo_tensor *[]){z, labels}, 2, (double[]){-100}, 1));
-  CHECK_OK(halo_op(chunked, op_id("linear_cross_entropy"), (halo_tensor *[]){x, w, labels}, 3,
+  CHECK_OK(halo_op(plain, op_id("cross_entropy"), (halo_tensor *[]){z, labels, NULL}, 3, (double[]){-100}, 1));
+  CHECK_OK(halo_op(chunked, op_id("linear_cross_entropy"), (halo_tensor *[]){x, w, labels, NULL}, 4,
                    (double[]){3, -100, 1}, 3));
   CHECK_OK(halo_op(&nll, op_id("linear_token_loss"), (halo_tensor *[]){x, w, labels}, 3,
                    (double[]){4, -100}, 2));
@@ -440,7 +517,7 @@ static void chunked_loss_is_the_loss(void) {
   CHECK(a == 17 && b == 17 && halo_tensor_dtype(plain[1]) == HALO_I64);
   CHECK_OK(halo_tensor_set(labels, 3, 37));
   halo_tensor *none[2] = {0};
-  CHECK_STATUS(halo_op(none, op_id("linear_cross_entropy"), (halo_tensor *[]){x, w, labels}, 3,
+  CHECK_STATUS(halo_op(none, op_id("linear_cross_entropy"), (halo_tensor *[]){x, w, labels, NULL}, 4,
                        (double[]){0, -100, 1}, 3), HALO_EARG);
   CHECK(strstr(halo_error_message(), "label 37 at position 3") != NULL);
   halo_tensor *all[] = {x, w, flat, labels, z, nll, plain[0], plain[1], chunked[0], chunked[1]};
@@ -451,10 +528,10 @@ static void chunked_loss_is_the_loss(void) {
 static void losses_survive_large_logits(void) {
   const float z[6] = {1e4f, -1e4f, 9.99e3f, -3e38f, 3e38f, 0};
   const int64_t label[2] = {2, 1}, rows = 2;
-  halo_tensor *in[2] = {0}, *out[2] = {0};
+  halo_tensor *in[3] = {0}, *out[2] = {0};
   CHECK_OK(halo_tensor_from(&in[0], HALO_F32, HALO_CPU, SHAPE(2, 3), z));
   CHECK_OK(halo_tensor_from(&in[1], HALO_I64, HALO_CPU, 1, &rows, label));
-  CHECK_OK(halo_op(out, op_id("cross_entropy"), in, 2, (double[]){-100}, 1));
+  CHECK_OK(halo_op(out, op_id("cross_entropy"), in, 3, (double[]){-100}, 1));
   double loss;
   CHECK_OK(halo_tensor_get(out[0], 0, &loss));
   CHECK(fabs(loss - 10.0000454) < 1e-4);
@@ -653,6 +730,7 @@ int main(void) {
   RUN(strided_inputs_are_seen_right);
   RUN(losses_have_their_gradients);
   RUN(chunked_loss_is_the_loss);
+  RUN(weights_multiply_losses);
   RUN(losses_survive_large_logits);
   RUN(exp_is_accurate);
   RUN(forward_follows_the_formula);
