@@ -372,9 +372,11 @@ halo_status halo__sink_write(halo__sink *s, const void *data, int64_t n) {
 
 /* Read back what was written and compare chunk by chunk; `buffer` holds HALO__CHUNK bytes. */
 static halo_status compare_chunks(const halo__input *in, const char *who, const char *path,
-                                  const halo__digest *d, char *buffer, halo__sha256 *sha) {
+                                  const halo__digest *d, char *buffer, halo__sha256 *sha,
+                                  int64_t *bad_out) {
   for (int64_t i = 0; i < d->n_chunks; i++) {
     const int64_t from = i * HALO__CHUNK;
+    if (bad_out != NULL) *bad_out = from;
     const int64_t n = d->bytes - from < HALO__CHUNK ? d->bytes - from : HALO__CHUNK;
     HALO_TRY(halo__input_read(in, who, path, buffer, n, from));
     HALO_CHECK(XXH3_64bits(buffer, (size_t)n) == d->chunks[i], HALO_ECORRUPT,
@@ -382,6 +384,7 @@ static halo_status compare_chunks(const halo__input *in, const char *who, const 
                (long long)(from + n - 1));
     if (sha != NULL) halo__sha256_add(sha, buffer, (size_t)n);
   }
+  if (bad_out != NULL) *bad_out = -1;
   return HALO_OK;
 }
 
@@ -401,7 +404,7 @@ halo_status halo__sink_close(halo__sink *s, halo__digest *digest_out) {
     // Without its cached pages the next read comes from the device (as far as the system lets us).
     posix_fadvise(s->fd, 0, 0, POSIX_FADV_DONTNEED);
     const halo__input in = {.fd = s->fd};
-    HALO_TRY_GOTO(compare_chunks(&in, s->who, s->path, &d, s->chunk, NULL));
+    HALO_TRY_GOTO(compare_chunks(&in, s->who, s->path, &d, s->chunk, NULL, NULL));
   }
   close(s->fd);
   s->fd = -1;
@@ -426,8 +429,10 @@ halo_status halo__file_write(const char *who, const char *path, const void *data
   return halo__sink_close(sink, digest_out);
 }
 
-halo_status halo__file_verify(const char *who, const char *path, const halo__digest *d, bool deep) {
+halo_status halo__file_verify(int64_t *bad_out, const char *who, const char *path, const halo__digest *d,
+                              bool deep) {
   halo__input in = {.fd = -1};
+  *bad_out = -1;
   HALO_TRY(halo__input_open(&in, who, path, false));
   halo_status status = HALO_OK;
   char *buffer = NULL;
@@ -436,7 +441,7 @@ halo_status halo__file_verify(const char *who, const char *path, const halo__dig
   HALO_CHECK_GOTO(in.size == d->bytes, HALO_ECORRUPT, "%s: %s has %lld bytes, not %lld", who, path,
                   (long long)in.size, (long long)d->bytes);
   HALO_TRY_GOTO(halo__scratch((void **)&buffer, HALO__CHUNK, 1));
-  HALO_TRY_GOTO(compare_chunks(&in, who, path, d, buffer, deep ? &sha : NULL));
+  HALO_TRY_GOTO(compare_chunks(&in, who, path, d, buffer, deep ? &sha : NULL, bad_out));
   if (deep) {
     char hex[65];
     halo__sha256_end(&sha, hex);

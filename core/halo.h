@@ -558,6 +558,81 @@ HALO_API halo_status halo_safetensors_writer_save(halo_safetensors_writer *w, co
 
 /* ---- Checkpoint ----------------------------------------------------------------------------- */
 
+/* A checkpoint is a folder DIR/step-NNNNNNNN that Transformers can load weights from, with optimizer
+ * state, the caller's files and a sealed manifest; it appears whole or not at all (checkpoint.c).
+ *
+ * Saving. All processes of `comm` (NULL: one) call begin and commit together; in between each puts its
+ * part. A failure of any put is remembered, later puts do nothing, and commit returns it on all ranks:
+ * then nothing was saved, the older checkpoints are untouched, and the run can go on. */
+typedef struct halo_checkpoint_writer halo_checkpoint_writer;
+
+/* DIR is made if only its last part is missing. expected_bytes: about what this process will put; the
+ * sum must fit the disk with a tenth to spare. Removes what an earlier attempt left behind. */
+HALO_API halo_status halo_checkpoint_begin(halo_checkpoint_writer **out, const char *dir, int64_t step,
+                                           halo_comm *comm, int64_t expected_bytes);
+/* Does not undo: an attempt that was not committed is cleared by the next begin. */
+HALO_API void halo_checkpoint_writer_free(halo_checkpoint_writer *w);
+/* A file of the caller's (config.json, data.json); plain names only. From one rank. */
+HALO_API halo_status halo_checkpoint_put_file(halo_checkpoint_writer *w, const char *name,
+                                              const void *bytes, int64_t n);
+/* Weights, from one rank; `weights` stays the caller's. */
+HALO_API halo_status halo_checkpoint_put_weights(halo_checkpoint_writer *w,
+                                                 halo_safetensors_writer *weights,
+                                                 int64_t max_shard_bytes);
+/* State that all ranks hold alike as one flat tensor (first moments: kind "moment1"), parameter i at
+ * elements [offsets[i], offsets[i]+counts[i]). From all ranks: each writes an even share. The tensor
+ * must not change before commit. */
+HALO_API halo_status halo_checkpoint_put_flat(halo_checkpoint_writer *w, const char *kind,
+                                              halo_tensor *flat, int32_t n, const char *const *names,
+                                              const int64_t *offsets, const int64_t *counts);
+/* Give up from this rank, with a status and a reason: commit fails with them on all. */
+HALO_API halo_status halo_checkpoint_fail(halo_checkpoint_writer *w, int32_t status,
+                                          const char *why);
+/* Publish. state_json: one JSON value, what the caller wants back (NULL: {}); rank 0's counts. */
+HALO_API halo_status halo_checkpoint_commit(halo_checkpoint_writer *w, const char *state_json);
+/* Remove all but the newest `keep` (at least 2) whole checkpoints and those whose step is a multiple of
+ * `major` (0: none); damaged ones are left alone. One process. removed_out may be NULL. */
+HALO_API halo_status halo_checkpoint_prune(const char *dir, int32_t keep, int64_t major,
+                                           int32_t *removed_out);
+
+/* Loading. A handle is a checkpoint whose files were checked against its manifest. */
+typedef struct halo_checkpoint halo_checkpoint;
+
+/* Check and open one folder. Processes of comm share the work and agree. deep: SHA-256 besides the
+ * chunk hashes.
+ * errors   HALO_ECORRUPT for anything that is not as it was written; HALO_EVERSION */
+HALO_API halo_status halo_checkpoint_open(halo_checkpoint **out, const char *path, halo_comm *comm,
+                                          int32_t deep);
+/* The newest checkpoint of DIR that passes; *out is NULL when there is none at all. When there are
+ * some and none passes, that is an error, whose message lists them. */
+HALO_API halo_status halo_checkpoint_latest(halo_checkpoint **out, const char *dir, halo_comm *comm,
+                                            int32_t deep);
+HALO_API void halo_checkpoint_free(halo_checkpoint *c);
+HALO_API const char *halo_checkpoint_path(const halo_checkpoint *c);
+HALO_API int64_t halo_checkpoint_step(const halo_checkpoint *c);
+HALO_API int32_t halo_checkpoint_world(const halo_checkpoint *c); /* processes that wrote it */
+HALO_API const char *halo_checkpoint_state(const halo_checkpoint *c); /* JSON text as saved */
+/* Newer checkpoints that were skipped and why, a line each; "" if none was. */
+HALO_API const char *halo_checkpoint_report(const halo_checkpoint *c);
+HALO_API int32_t halo_checkpoint_files(const halo_checkpoint *c);
+HALO_API const char *halo_checkpoint_file(const halo_checkpoint *c, int32_t i); /* sorted by name */
+/* Content of a file, hash checked again; returns its length without the NUL, or a negative status.
+ * Nothing is written when capacity is not larger than the length. */
+HALO_API int64_t halo_checkpoint_read_file(const halo_checkpoint *c, const char *name, char *text,
+                                           int64_t capacity);
+/* Whether there is state of a kind for a parameter; how many (kind, parameter) there are. */
+HALO_API int32_t halo_checkpoint_has(const halo_checkpoint *c, const char *kind, const char *parameter);
+HALO_API int64_t halo_checkpoint_parameters(const halo_checkpoint *c);
+/* All of a parameter's state into elements [offset, offset+count) of a flat tensor, whatever number of
+ * ranks wrote it. */
+HALO_API halo_status halo_checkpoint_read_flat(const halo_checkpoint *c, const char *kind,
+                                               const char *parameter, halo_tensor *flat,
+                                               int64_t offset, int64_t count);
+
+/* For failure tests: let the n-th call from now that changes the file system (0: the next) fail. */
+enum { HALO_FAULT_NONE = 0, HALO_FAULT_ONCE = 1, HALO_FAULT_FOREVER = 2, HALO_FAULT_KILL = 3 };
+HALO_API halo_status halo_checkpoint_fail_after(int64_t n, int32_t kind);
+
 /* ---- Tokenizer ------------------------------------------------------------------------------ */
 
 /* Memory that a call below handed out (ids, text). */

@@ -317,8 +317,10 @@ typedef struct halo__digest {
   char sha256[65];
 } halo__digest;
 void halo__digest_free(halo__digest *d);
-/* HALO_ECORRUPT when the file differs; deep: the SHA-256 too. */
-halo_status halo__file_verify(const char *who, const char *path, const halo__digest *d, bool deep);
+/* HALO_ECORRUPT when the file differs; deep: the SHA-256 too. bad_out: start of the first chunk that
+ * differs or cannot be read, -1 when it is not about one. */
+halo_status halo__file_verify(int64_t *bad_out, const char *who, const char *path, const halo__digest *d,
+                              bool deep);
 
 /* A new file written in order; see file.c for what closing proves. close and abandon free it; a
  * failed close has removed the file. `who` must outlive the sink. */

@@ -14,12 +14,17 @@
 /* In memory where there is such a file system: hundreds of saves, each with its fsync calls. */
 static char folder[64] = "/dev/shm/halo-safetensors-XXXXXX";
 
+/* A path in the test folder; the string stays. */
 static const char *at(const char *name) {
-  static char paths[8][512];
-  static int turn;
-  char *path = paths[turn++ & 7];
-  snprintf(path, sizeof paths[0], "%s/%s", folder, name);
-  return path;
+  static char paths[64][512];
+  static int n;
+  char path[512];
+  snprintf(path, sizeof path, "%s/%s", folder, name);
+  for (int i = 0; i < n; i++) {
+    if (strcmp(paths[i], path) == 0) return paths[i];
+  }
+  if (n == 64) abort();
+  return strcpy(paths[n++], path);
 }
 
 static void put_file(const char *path, const void *a, size_t na, const void *b, size_t nb) {
