@@ -618,6 +618,76 @@ static void foreign_files_are_seen(void) {
   clear(dir);
 }
 
+/* A checkpoint with right seals and hashes whose optimizer file holds runs of these names and lengths. */
+static halo_status forge(const char *dir, const char *const *run, const int64_t *length, int n) {
+  char path[512];
+  halo_safetensors_writer *w = NULL;
+  halo__written written;
+  halo__manifest m = {.step = 1, .world = 1};
+  halo__text text = {0};
+  halo__digest digest = {0};
+  CHECK_OK(halo__file_mkdir("test", dir));
+  snprintf(path, sizeof path, "%s/optim", dir);
+  CHECK_OK(halo__file_mkdir("test", path));
+  CHECK_OK(halo_safetensors_writer_new(&w));
+  for (int i = 0; i < n; i++) {
+    halo_tensor *t = NULL;
+    CHECK_OK(halo_tensor_zeros(&t, HALO_F32, HALO_CPU, 1, &length[i]));
+    CHECK_OK(halo_safetensors_writer_add(w, run[i], t, NULL));
+    halo_tensor_free(t);
+  }
+  CHECK_OK(halo__safetensors_write(&written, w, "test", path, "rank-00000-of-00001", 0, true));
+  CHECK_OK(halo__manifest_add(&m, "optim/rank-00000-of-00001.safetensors", &written.file[0].digest));
+  CHECK_OK(halo__scratch((void **)&m.state, 3, 1));
+  strcpy(m.state, "{}");
+  CHECK_OK(halo__manifest_write(&text, &m));
+  snprintf(path, sizeof path, "%s/manifest.json", dir);
+  CHECK_OK(halo__file_write("test", path, text.text, (int64_t)text.n, &digest));
+  halo__digest_free(&digest);
+  halo__text_free(&text);
+  halo__manifest_free(&m);
+  halo__written_free(&written);
+  halo_safetensors_writer_free(w);
+  halo_checkpoint *c = NULL;
+  halo_tensor *flat = NULL;
+  halo_status status = halo_checkpoint_open(&c, dir, NULL, 1);
+  CHECK_OK(halo_tensor_zeros(&flat, HALO_F32, HALO_CPU, 1, (int64_t[]){10}));
+  if (status == HALO_OK) status = halo_checkpoint_read_flat(c, "m", "p", flat, 0, 10);
+  halo_tensor_free(flat);
+  halo_checkpoint_free(c);
+  clear(dir);
+  return status;
+}
+
+static void runs_must_cover_once(void) {
+  static const struct {
+    const char *family, *run[3];
+    int64_t length[3];
+    int n;
+    halo_status wanted;
+  } cases[] = {
+      {"whole", {"m/p@0"}, {10}, 1, HALO_OK},
+      {"three runs", {"m/p@7", "m/p@0", "m/p@3"}, {3, 3, 4}, 3, HALO_OK},
+      {"a slash in the name", {"m/p@0", "m/p/q@0"}, {10, 1}, 2, HALO_OK},
+      {"gap", {"m/p@0", "m/p@6"}, {5, 4}, 2, HALO_ECORRUPT},
+      {"start missing", {"m/p@1"}, {9}, 1, HALO_ECORRUPT},
+      {"end missing", {"m/p@0"}, {9}, 1, HALO_EARG},
+      {"too long", {"m/p@0"}, {11}, 1, HALO_EARG},
+      {"overlap", {"m/p@0", "m/p@4"}, {5, 6}, 2, HALO_ECORRUPT},
+      {"doubled", {"m/p@0", "m/p@00"}, {10, 10}, 2, HALO_ECORRUPT},
+      {"absent", {"m/q@0"}, {10}, 1, HALO_EARG},
+      {"no position", {"m/p"}, {10}, 1, HALO_ECORRUPT},
+      {"no kind", {"p@0"}, {10}, 1, HALO_ECORRUPT},
+      {"negative position", {"m/p@-1"}, {10}, 1, HALO_ECORRUPT},
+      {"huge position", {"m/p@9999999999999999999"}, {10}, 1, HALO_ECORRUPT},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    const halo_status got = forge(at("forged"), cases[i].run, cases[i].length, cases[i].n);
+    if (got != cases[i].wanted) fprintf(stderr, "  %s: got %s\n", cases[i].family, halo_status_name(got));
+    CHECK(got == cases[i].wanted);
+  }
+}
+
 /* Seal a manifest's text anew, as an attacker or a later version would. */
 static halo_status parse_sealed(const char *body) {
   halo__manifest m = {0};
@@ -702,6 +772,7 @@ int main(void) {
   RUN(failing_allocations_leak_nothing);
   RUN(every_damaged_byte_is_seen);
   RUN(foreign_files_are_seen);
+  RUN(runs_must_cover_once);
   RUN(manifests_are_judged_rightly);
   clear(folder);
   return check_report();
