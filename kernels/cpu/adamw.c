@@ -14,9 +14,14 @@
  */
 #define HALO_EACH_REAL_FILE "cpu/adamw.c"
 #ifndef HALO_REAL_PASS
+#include "cpu/vmath.h"
+
 #include "internal.h"
 
-enum { MAX_BLOCKS = 4096, MIN_BLOCK = 4096 };
+enum {
+  MAX_BLOCKS = 4096, MIN_BLOCK = 4096, /* of sum_squares */
+  PIECE = 1024                         /* elements updated at a time, in first-level cache */
+};
 
 #include "cpu/each_real.h"
 
@@ -39,18 +44,26 @@ static halo_status REAL(adamw)(real *restrict p, acc *restrict master, const acc
   const acc rest1 = (acc)(1 - s->beta1), rest2 = (acc)(1 - s->beta2);
   const acc rate = (acc)(s->lr / (1 - pow(s->beta1, (double)s->step)));
   const acc inverse = (acc)(1 / sqrt(1 - pow(s->beta2, (double)s->step)));
-  const bool has_master = master != NULL;
-#pragma omp parallel for simd schedule(static) if (n > 1 << 14)
-  for (int64_t i = 0; i < n; i++) {
-    const acc gi = g[i] * gs;
-    const acc mi = b1 * m[i] + rest1 * gi;
-    const acc vi = b2 * v[i] + rest2 * gi * gi;
-    m[i] = mi;
-    v[i] = vi;
-    const acc old = has_master ? master[i] : LOAD(p[i]);
-    const acc value = old * keep - rate * mi / ((sizeof(acc) == 8 ? sqrt((double)vi) : sqrtf((float)vi)) * inverse + eps);
-    if (has_master) master[i] = value;
-    p[i] = STORE(value);
+  // In pieces, so that master or parameter is chosen outside the loops that are vectorised.
+#pragma omp parallel for schedule(static) if (n > 1 << 14)
+  for (int64_t from = 0; from < n; from += PIECE) {
+    const int64_t count = n - from < PIECE ? n - from : PIECE;
+    acc value[PIECE];
+    if (master != NULL) {
+      memcpy(value, master + from, (size_t)count * sizeof(acc));
+    } else {
+      for (int64_t i = 0; i < count; i++) value[i] = LOAD(p[from + i]);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const acc gi = g[from + i] * gs;
+      const acc mi = b1 * m[from + i] + rest1 * gi;
+      const acc vi = b2 * v[from + i] + rest2 * gi * gi;
+      m[from + i] = mi;
+      v[from + i] = vi;
+      value[i] = value[i] * keep - rate * mi / (HALO__SQRT(vi) * inverse + eps);
+    }
+    for (int64_t i = 0; i < count; i++) p[from + i] = STORE(value[i]);
+    if (master != NULL) memcpy(master + from, value, (size_t)count * sizeof(acc));
   }
   return HALO_OK;
 }

@@ -47,6 +47,7 @@ halo_status halo_cpu_cross_entropy_fused(halo_dtype t, void *loss, void *z, int6
 
 static acc REAL(row_max)(const real *restrict z, int64_t n) {
   acc m = (acc)-INFINITY;
+#pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < n; j++) m = LOAD(z[j]) > m ? LOAD(z[j]) : m;
   return m;
 }
