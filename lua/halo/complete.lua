@@ -12,11 +12,8 @@ local M = {}
 local keywords = { "and", "break", "do", "else", "elseif", "end", "false", "for", "function", "if", "in", "local",
   "nil", "not", "or", "repeat", "return", "then", "true", "until", "while" }
 
--- C types cannot be asked for their fields: who makes a metatype tells its names here.
-local registered = {}
-
---- Tell the names that values of a C type answer to.
-function M.register(ctype, names) registered[tostring(ffi.typeof(ctype))] = names end
+-- C types cannot be asked for their fields: the module that makes a metatype knows them.
+local owners = { ["ctype<struct halo_tensor *>"] = "halo.tensor" }
 
 local function add_names(set, t)
   for name in pairs(t) do
@@ -34,7 +31,8 @@ local function fields_of(value)
     return set
   end
   if type(value) == "cdata" then
-    for _, name in ipairs(registered[tostring(ffi.typeof(value))] or {}) do set[name] = true end
+    local owner = owners[tostring(ffi.typeof(value))]
+    for _, name in ipairs(owner and require(owner).names() or {}) do set[name] = true end
     return set
   end
   for _ = 1, 8 do -- a chain of __index longer than this is a circle

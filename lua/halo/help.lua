@@ -104,15 +104,8 @@ end
 ---- Finding ---------------------------------------------------------------------------------------
 
 local function op_text(name)
-  local ok, halo_ffi = pcall(require, "halo.ffi")
-  if not ok then return nil end
-  local C, ffi = halo_ffi.C, halo_ffi.ffi
-  local op = C.halo_op_find(name)
-  if op < 0 then return nil end
-  local params = ffi.string(C.halo_op_params(op))
-  return ("ops.%s(%s%s)%s\n%s"):format(name, ffi.string(C.halo_op_inputs(op)),
-    params ~= "" and ", { " .. params .. " }" or "", C.halo_op_has_gradient(op) == 1 and "" or "  (no gradient)",
-    ffi.string(C.halo_op_doc(op)))
+  local ok, ops = pcall(require, "halo.ops")
+  return ok and ops.row(name) and "ops." .. ops.help(name) or nil
 end
 
 local function verb_text(name)
@@ -173,10 +166,8 @@ function M.words()
   for group in pairs(schema.groups()) do set[group] = true end
   for name in pairs(M.index()) do set[name] = true end
   for name in pairs(topics) do set[name] = true end
-  local ok, halo_ffi = pcall(require, "halo.ffi")
-  if ok then
-    for op = 0, halo_ffi.C.halo_op_count() - 1 do set[halo_ffi.ffi.string(halo_ffi.C.halo_op_name(op))] = true end
-  end
+  local ok, ops = pcall(require, "halo.ops") -- absent when the library is not built
+  for _, name in ipairs(ok and ops.list() or {}) do set[name] = true end
   return args.keys(set)
 end
 

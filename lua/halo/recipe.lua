@@ -74,12 +74,10 @@ function M.environment(folder)
     local space, word = path:match "^(%w+)%.([%w_]+)$"
     if space then
       if not rawget(env, space) then
-        local words = {}
         env[space] = setmetatable({}, {
           __index = function(t, name)
-            for w in pairs(t) do words[#words + 1] = w end
             schema.complain(schema.caller(), ("%s.%s does not exist%s"):format(space, tostring(name),
-              args.did_you_mean(name, words)))
+              args.did_you_mean(name, args.keys(t))))
           end,
         })
         names[#names + 1] = space

@@ -562,14 +562,18 @@ local function op_method(name)
   return methods[name]
 end
 
-local field_names
+--- Names of all fields and methods of tensors: what Tab offers at the prompt.
+function M.names()
+  require "halo.ops"
+  local names = args.keys(fields)
+  for name in pairs(methods) do names[#names + 1] = name end
+  table.sort(names)
+  return names
+end
+
 local function unknown_field(t, name, level)
-  if not field_names then
-    field_names = args.keys(fields)
-    for k in pairs(methods) do field_names[#field_names + 1] = k end
-  end
   errors.raise("usage", ("%s has no field or method %s%s"):format(M.describe(t), args.describe(name),
-    args.did_you_mean(name, field_names)), level + 1)
+    args.did_you_mean(name, M.names())), level + 1)
 end
 
 local function arithmetic(name)
