@@ -10,6 +10,7 @@
 -- The engine's per-rank collectives are for the ring, in C.
 local ffi = require "ffi"
 local halo_ffi = require "halo.ffi"
+local launch = require "halo.launch"
 local tensor = require "halo.tensor"
 
 local C, check = halo_ffi.C, halo_ffi.check
@@ -41,8 +42,7 @@ local the_world
 -- @raise communication when the launcher's count and MPI's differ
 function M.world()
   if not the_world then
-    local launched = os.getenv "OMPI_COMM_WORLD_SIZE" or os.getenv "PMI_SIZE" or os.getenv "SLURM_NTASKS"
-    the_world = launched and tonumber(launched) > 1 and make(C.halo_comm_world) or M.self()
+    the_world = launch.job() > 1 and make(C.halo_comm_world) or M.self()
   end
   return the_world
 end
@@ -124,6 +124,19 @@ function Comm:broadcast_text(text, root)
   local slot = ffi.new("void *[1]", buffer)
   check(C.halo_comm_broadcast(self.handle, slot, length, root or 0))
   return ffi.string(buffer, length)
+end
+
+--- A short text of every process, in rank order; longer ones are cut at `limit` bytes (default 512).
+function Comm:all_gather_text(text, limit)
+  if is_alone(self) then return { text } end
+  limit = limit or 512
+  local mine, all = ffi.new("char[?]", limit + 1), ffi.new("char[?]", (limit + 1) * self:size())
+  ffi.copy(mine, text:sub(1, limit))
+  local out, input = ffi.new("void *[1]", all), ffi.new("const void *[1]", mine)
+  check(C.halo_comm_all_gather(self.handle, out, input, limit + 1))
+  local list = {}
+  for r = 1, self:size() do list[r] = ffi.string(all + (r - 1) * (limit + 1)) end
+  return list
 end
 
 --- Raise, naming the first rank that differs, unless a 64-bit value is the same everywhere.

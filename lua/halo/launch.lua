@@ -35,37 +35,19 @@ function M.is_first()
   return rank == 0
 end
 
-local world
+-- halo.comm, if anything of this process communicates; loading it only to say good-bye would be a waste.
+local function loaded_comm() return package.loaded["halo.comm"] end
 
---- Communicator over the whole job (borrowed): MPI when a launcher started several ranks, else `self`.
-function M.world()
-  if world == nil then
-    local halo_ffi = require "halo.ffi"
-    local ffi, C = halo_ffi.ffi, halo_ffi.C
-    local out = ffi.new "halo_comm *[1]"
-    if M.job() > 1 then
-      halo_ffi.check(C.halo_comm_world(out))
-    else
-      halo_ffi.check(C.halo_comm_self(out))
-    end
-    world = out[0]
-  end
-  return world
-end
-
---- End: give the world back and finalise MPI. Safe when it was never used.
+--- End of the program: finalise MPI, if it was used.
 function M.close()
-  if world ~= nil then
-    local C = require("halo.ffi").C
-    C.halo_comm_free(world)
-    world = nil
-    C.halo_comm_shutdown()
-  end
+  local comm = loaded_comm()
+  if comm then comm.shutdown() end
 end
 
 --- After an error that other ranks do not know of: end the whole job with this exit code.
 function M.abort(code)
-  if world ~= nil then require("halo.ffi").C.halo_comm_abort(world, code) end
+  local comm = loaded_comm()
+  if comm and M.job() > 1 then comm.world():abort(code) end
 end
 
 --- Command that starts `argv` on n ranks of this machine.

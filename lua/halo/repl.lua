@@ -125,40 +125,15 @@ end
 -- Rank 0's text to all; nil (the end) included.
 function Session:broadcast(text)
   if self.ranks == 1 then return text end
-  local halo_ffi = require "halo.ffi"
-  local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
-  local length = ffi.new("int64_t[1]", text and #text or -1)
-  local pointer = ffi.new "void *[1]"
-  pointer[0] = length
-  check(C.halo_comm_broadcast(self.comm, pointer, 8, 0))
-  local n = tonumber(length[0])
-  if n < 0 then return nil end
-  local bytes = ffi.new("char[?]", n + 1)
-  if self.is_first then ffi.copy(bytes, text, n) end
-  pointer[0] = bytes
-  check(C.halo_comm_broadcast(self.comm, pointer, n, 0))
-  return ffi.string(bytes, n)
-end
-
--- A short text from every rank, in rank order.
-function Session:gather(text)
-  local SIZE = 512
-  local halo_ffi = require "halo.ffi"
-  local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
-  local mine, all = ffi.new("char[?]", SIZE), ffi.new("char[?]", SIZE * self.ranks)
-  ffi.copy(mine, text:sub(1, SIZE - 1))
-  local to, from = ffi.new("void *[1]", { all }), ffi.new("const void *[1]", { mine })
-  check(C.halo_comm_all_gather(self.comm, to, from, SIZE))
-  local out = {}
-  for r = 0, self.ranks - 1 do out[r + 1] = ffi.string(all + r * SIZE) end
-  return out
+  local sent = self.world:broadcast_text(text and "+" .. text or "-")
+  return sent:sub(1, 1) == "+" and sent:sub(2) or nil
 end
 
 --- Show a value on every rank, and whether it differs.
 function Session:show_ranks(value)
   local text = show.value(value, 100):gsub("\n%s*", " ")
   if self.ranks == 1 then return self:print(text) end
-  local all = self:gather(text)
+  local all = self.world:all_gather_text(text)
   local same = true
   for r, other in ipairs(all) do
     self:print(("rank %d  %s"):format(r - 1, other))
@@ -170,7 +145,7 @@ end
 -- After a line: did any rank fail that rank 0 does not know of?
 function Session:agree(failure)
   if self.ranks == 1 then return end
-  local all = self:gather(failure and tostring(failure) or "")
+  local all = self.world:all_gather_text(failure and tostring(failure) or "")
   for r, text in ipairs(all) do
     if text ~= "" and r > 1 and text ~= all[1] then self:note("red", ("error on rank %d: %s"):format(r - 1, text)) end
   end
@@ -337,7 +312,7 @@ function M.new(o)
     ranks = ranks, rank = rank, is_first = rank == 0, host = rawget(_G, "halo_host") or plain_host,
     is_tty = term.is_tty(0) and term.is_tty(1),
   }, Session)
-  if ranks > 1 then session.comm = launch.world() end
+  if ranks > 1 then session.world = require("halo.comm").world() end
   session.env = make_environment(session)
   if o.recipe then
     rawset(session.env, "R", o.recipe)
