@@ -379,6 +379,11 @@ HALO_API halo_status halo_plan_set_documents(halo_plan *p, const int32_t *docume
 /* Canonicalise (sort, deduplicate, clip) and freeze. Free to share between layers and threads. */
 HALO_API halo_status halo_plan_finish(halo_plan *p);
 
+/* The same selection for other documents: a frozen plan on the next batch. `p` is finished; sequence b
+ * of the new plan takes what sequence b mod B of `p` chose; force rules are applied anew. documents
+ * [n_batch, N] as in halo_plan_set_documents, or NULL. The new plan is finished. */
+HALO_API halo_status halo_plan_with_documents(halo_plan **out, const halo_plan *p, int64_t n_batch,
+                                              const int32_t *documents);
 /* The layout the plan was made for: borrowed, lives as long as the plan. */
 HALO_API const halo_layout *halo_plan_layout(const halo_plan *p);
 HALO_API int64_t halo_plan_batch(const halo_plan *p);

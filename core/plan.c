@@ -619,6 +619,17 @@ done:
   return status;
 }
 
+/* chosen[u] as sequence b mod B of `like` has it; equal sets stay shared. */
+static halo_status clone_all_chosen(halo_plan *p, halo__set **chosen, const halo_plan *like) {
+  for (int64_t u = 0; u < p->n_batch * p->n_heads; u++) {
+    const int64_t from = u / p->n_heads % like->n_batch * p->n_heads + u % p->n_heads;
+    halo__set *s;
+    HALO_TRY(halo__set_clone(&s, like->patterns[like->pattern_of[from]].chosen));
+    chosen[u] = set_intern(p, s);
+  }
+  return HALO_OK;
+}
+
 static halo_status make_patterns(halo_plan *p, const int32_t *row_of, halo__set *const *chosen) {
   const int64_t units = p->n_batch * p->n_heads;
   for (int64_t u = 0; u < units; u++) {
@@ -656,8 +667,8 @@ static uint64_t plan_hash(const halo_plan *p, const int32_t *row_of) {
   return h;
 }
 
-halo_status halo_plan_finish(halo_plan *p) {
-  HALO_TRY(check_builder(p, -1, -1, 0, "plan_finish"));
+/* Finish p with chosen[u] of every unit, either made from its records or cloned from another plan. */
+static halo_status finish(halo_plan *p, const halo_plan *like) {
   halo_status status = HALO_OK;
   const int64_t units = p->n_batch * p->n_heads;
   int32_t *row_of = NULL;
@@ -668,7 +679,7 @@ halo_status halo_plan_finish(halo_plan *p) {
   HALO_TRY_GOTO(halo__plan_alloc(&p->patterns, units, sizeof *p->patterns));
   HALO_TRY_GOTO(halo__plan_alloc(&p->pattern_of, units, sizeof *p->pattern_of));
   HALO_TRY_GOTO(make_rows(p, row_of));
-  HALO_TRY_GOTO(make_all_chosen(p, chosen));
+  HALO_TRY_GOTO(like ? clone_all_chosen(p, chosen, like) : make_all_chosen(p, chosen));
   HALO_TRY_GOTO(make_patterns(p, row_of, chosen));
   p->hash = plan_hash(p, row_of);
   p->finished = true;
@@ -676,8 +687,30 @@ halo_status halo_plan_finish(halo_plan *p) {
 done:
   halo__free(row_of);
   halo__free(chosen);
-  if (status != HALO_OK)
-    drop_finished(p);
+  if (status != HALO_OK) drop_finished(p);
+  return status;
+}
+
+halo_status halo_plan_finish(halo_plan *p) {
+  HALO_TRY(check_builder(p, -1, -1, 0, "plan_finish"));
+  return finish(p, NULL);
+}
+
+halo_status halo_plan_with_documents(halo_plan **out, const halo_plan *p, int64_t n_batch,
+                                     const int32_t *documents) {
+  HALO_CHECK(out && p, HALO_EARG, "plan_with_documents: out or plan is NULL");
+  HALO_TRY(halo__plan_need(p, "plan_with_documents"));
+  halo_status status = HALO_OK;
+  halo_plan *made = NULL;
+  HALO_TRY_GOTO(halo_plan_new(&made, &p->layout, n_batch, p->n_heads));
+  made->sink = p->sink;
+  made->window = p->window;
+  made->force_diagonal = p->force_diagonal;
+  HALO_TRY_GOTO(halo_plan_set_documents(made, documents));
+  HALO_TRY_GOTO(finish(made, p));
+  *out = made;
+done:
+  if (status != HALO_OK) halo_plan_free(made);
   return status;
 }
 

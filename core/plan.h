@@ -282,6 +282,7 @@ static inline int64_t halo__set_words(int64_t n_blocks) {
 halo_status halo__set_new(halo__set **out, int64_t n_blocks, const uint64_t *diagonal,
                           const int64_t *tile, int64_t n_tiles);
 halo_status halo__set_add_columns(halo__set *s, const int32_t *column, int64_t n);
+halo_status halo__set_clone(halo__set **out, const halo__set *s);
 void halo__set_free(halo__set *s);
 /* Fill s->hash; compare two sets that have theirs. */
 void halo__set_hash(halo__set *s);

@@ -118,6 +118,25 @@ halo_status halo__set_add_columns(halo__set *s, const int32_t *column, int64_t n
   return HALO_OK;
 }
 
+halo_status halo__set_clone(halo__set **out, const halo__set *s) {
+  halo_status status = HALO_OK;
+  halo__set *clone = NULL;
+  int64_t *tile = NULL;
+  HALO_TRY_GOTO(halo__plan_alloc(&tile, s->n_tiles, sizeof *tile));
+  for (int64_t query = 0; s->n_tiles && query < s->n_blocks; query++) {
+    for (int64_t i = s->by_query[query]; i < s->by_query[query + 1]; i++) {
+      tile[i] = query * s->n_blocks + s->tile_key[i];
+    }
+  }
+  HALO_TRY_GOTO(halo__set_new(&clone, s->n_blocks, s->diagonal, tile, s->n_tiles));
+  HALO_TRY_GOTO(halo__set_add_columns(clone, s->column, s->n_columns));
+  *out = clone;
+done:
+  halo__free(tile);
+  if (status != HALO_OK) halo__set_free(clone);
+  return status;
+}
+
 /* Everything that differs is listed: bitmap, columns, tiles. */
 void halo__set_hash(halo__set *s) {
   const int64_t counts[4] = {s->n_blocks, s->n_diagonals, s->n_columns, s->n_tiles};

@@ -490,6 +490,40 @@ static void hash_names_the_visible_set(void) {
   }
 }
 
+/* A frozen plan on other documents is the plan built for them. */
+static void selection_moves_to_other_documents(void) {
+  for (uint64_t seed = 1; seed <= CASES; seed++) {
+    oracle o;
+    oracle_make(&o, seed + 7000);
+    for (int k = 0; k < o.n_ops; k++) o.op[k].batch = -1; /* what all sequences chose alike */
+    halo_layout *l = layout_of(kinds[seed % 3], o.n, worlds[seed % 5], o.block);
+    halo_plan *p = oracle_plan(&o, l, false), *moved = NULL;
+    oracle other = o;
+    other.batch = 1 + oracle_random(3);
+    other.with_documents = oracle_random(4) > 0;
+    other.document = calloc((size_t)(other.batch * other.n), sizeof *other.document);
+    for (int64_t i = 0; i < other.batch * other.n; i++) {
+      other.document[i] = (int32_t)(i % other.n / (1 + other.n / 3));
+    }
+    oracle_fill(&other);
+    const int32_t *documents = other.with_documents ? other.document : NULL;
+    CHECK_OK(halo_plan_with_documents(&moved, p, other.batch, documents));
+    halo_plan *built = oracle_plan(&other, l, false);
+    CHECK(first_difference(&other, moved) == -1);
+    CHECK(halo_plan_hash(moved) == halo_plan_hash(built));
+    double a, b, c, d;
+    CHECK_OK(halo_plan_density(moved, -1, -1, &a, &b));
+    CHECK_OK(halo_plan_density(built, -1, -1, &c, &d));
+    CHECK(a == c && b == d);
+    halo_plan_free(built);
+    halo_plan_free(moved);
+    halo_plan_free(p);
+    halo_layout_free(l);
+    oracle_free(&other);
+    oracle_free(&o);
+  }
+}
+
 static void dense_is_one_pattern(void) {
   const int64_t n = 1 << 19, g = 64;
   halo_layout *l = layout_of(HALO_LAYOUT_STRIPED, n, 32, g);
@@ -681,6 +715,7 @@ int main(void) {
   RUN(stripes_balance_slashes);
   RUN(imbalance_by_hand);
   RUN(hash_names_the_visible_set);
+  RUN(selection_moves_to_other_documents);
   RUN(dense_is_one_pattern);
   RUN(empty_plan_sees_nothing);
   RUN(lists_and_text_read_back);
