@@ -70,7 +70,6 @@ typedef struct halo__rows {
 /* Tiles of (query rank, source rank). Row = pattern * per_rank + local block. */
 typedef struct halo__slice {
   halo__rows by_query; /* local query block -> runs of local key blocks of the source */
-  halo__rows by_key;   /* the transpose: local key block -> runs of local query blocks */
   int64_t n_tiles;     /* over all patterns; 0: nothing to compute in this step */
 } halo__slice;
 
@@ -84,9 +83,8 @@ typedef struct halo__columns {
 /* Who of a rank's queries sees which columns; `index` counts from the start of the pattern's list.
  */
 typedef struct halo__column_slice {
-  halo__rows by_query;  /* row pattern * per_rank + local query block -> runs of indices */
-  halo__rows by_column; /* row columns.offset[pattern] + index -> runs of local query blocks */
-  int64_t n_pairs;      /* (query block, column) pairs over all patterns; 0: no column step */
+  halo__rows by_query; /* row pattern * per_rank + local query block -> runs of indices */
+  int64_t n_pairs;     /* (query block, column) pairs over all patterns; 0: no column step */
 } halo__column_slice;
 
 /* What to gather so that every rank has the columns: per (batch, key/value head) the union over the
@@ -125,9 +123,15 @@ const int32_t *halo__plan_pattern_of(const halo_plan *p);
 /* All of these: HALO_ESTATE when the plan is not finished, HALO_ENOMEM. Borrowed. */
 halo_status halo__plan_slice(const halo__slice **out, halo_plan *p, int32_t query_rank,
                              int32_t source_rank);
+/* The transpose, for kernels that own keys: row pattern * per_rank + local key block of the source ->
+ * runs of local query blocks. */
+halo_status halo__plan_slice_by_key(const halo__rows **out, halo_plan *p, int32_t query_rank,
+                                    int32_t source_rank);
 halo_status halo__plan_columns(const halo__columns **out, halo_plan *p);
 halo_status halo__plan_column_slice(const halo__column_slice **out, halo_plan *p,
                                     int32_t query_rank);
+/* The transpose: row columns.offset[pattern] + index -> runs of local query blocks. */
+halo_status halo__plan_columns_by_column(const halo__rows **out, halo_plan *p, int32_t query_rank);
 halo_status halo__plan_gather(const halo__gather **out, halo_plan *p, int64_t kv_heads);
 halo_status halo__plan_tokens(const halo__tokens **out, halo_plan *p, int32_t rank);
 
@@ -202,8 +206,10 @@ struct halo_plan {
   /* made on first use */
   halo__slice *slices; /* [W, W] query rank, source rank */
   bool *sliced;        /* [W] slices of this query rank are made */
+  halo__rows *by_key;  /* [W, W] their transposes; offset NULL: not made */
   halo__columns *columns;
   halo__column_slice **column_slices; /* [W] */
+  halo__rows *by_column; /* [W] transposes of column_slices */
   halo__tokens **tokens;              /* [W] */
   halo__gather *gathers;              /* one per number of key/value heads asked for */
   int64_t *tile_counts;               /* [W, W] query rank, flat ring step; then [W] column pairs */

@@ -12,7 +12,8 @@
  * Local order follows global order, so neighbours in a shard become runs, whatever the layout; the
  * kernel may treat a run as one long tile. A run never mixes full and partial tiles.
  *
- * The transpose is made from the slice and not from the plan: it cannot disagree with it.
+ * Transposes, for kernels that own keys, are made when asked for, and from the slice, not from the
+ * plan: they cannot disagree.
  */
 #include "plan.h"
 
@@ -51,20 +52,20 @@ static halo_status builder_resize(builder *b, int64_t capacity) {
   return HALO_OK;
 }
 
-/* Add one item to the open row; items of a row come in ascending order. */
-static halo_status builder_add(builder *b, int64_t item, bool partial) {
-  b->items++;
+/* Add consecutive items to the open row, in ascending order; they join the last run where they fit. */
+static halo_status builder_add(builder *b, int64_t first, int64_t count, bool partial) {
+  b->items += count;
   if (b->n_runs > b->row_start) {
     halo__span *tail = &b->rows.run[b->n_runs - 1];
-    assert(item >= tail->first + tail->count);
-    if (item == tail->first + tail->count && partial == tail->partial) {
-      tail->count++;
+    assert(first >= tail->first + tail->count);
+    if (first == tail->first + tail->count && partial == tail->partial) {
+      tail->count += (int32_t)count;
       return HALO_OK;
     }
   }
-  if (b->n_runs == b->capacity)
-    HALO_TRY(builder_resize(b, b->capacity ? 2 * b->capacity : 64));
-  b->rows.run[b->n_runs++] = (halo__span){.first = (int32_t)item, .count = 1, .partial = partial};
+  if (b->n_runs == b->capacity) HALO_TRY(builder_resize(b, b->capacity ? 2 * b->capacity : 64));
+  b->rows.run[b->n_runs++] =
+      (halo__span){.first = (int32_t)first, .count = (int32_t)count, .partial = partial};
   return HALO_OK;
 }
 
@@ -148,7 +149,7 @@ static halo_status cut_row(builder *to, const halo_plan *p, const halo__pattern 
     int32_t source;
     int64_t local;
     halo__layout_block_locate(l, w.key, &source, &local);
-    HALO_TRY(builder_add(&to[source], local, kind == HALO__PARTIAL));
+    HALO_TRY(builder_add(&to[source], local, 1, kind == HALO__PARTIAL));
   }
   return HALO_OK;
 }
@@ -158,11 +159,7 @@ static halo_status cut_slices(halo__slice *out, const halo_plan *p, int32_t quer
   const halo_layout *l = &p->layout;
   const int64_t n_rows = p->n_patterns * l->per_rank;
   builder *to = NULL;
-  int64_t *base = NULL;
   HALO_TRY_GOTO(halo__plan_alloc(&to, l->world, sizeof *to));
-  HALO_TRY_GOTO(halo__plan_alloc(&base, p->n_patterns + 1, sizeof *base));
-  for (int64_t i = 0; i <= p->n_patterns; i++)
-    base[i] = i * l->per_rank;
   for (int32_t s = 0; s < l->world; s++)
     HALO_TRY_GOTO(builder_open(&to[s], n_rows));
   for (int64_t row = 0; row < n_rows; row++) {
@@ -174,7 +171,6 @@ static halo_status cut_slices(halo__slice *out, const halo_plan *p, int32_t quer
   for (int32_t s = 0; s < l->world; s++) {
     out[s].n_tiles = to[s].items;
     HALO_TRY_GOTO(builder_close(&to[s], &out[s].by_query));
-    HALO_TRY_GOTO(transpose(&out[s].by_key, &out[s].by_query, l->per_rank, base, p->n_patterns));
   }
 done:
   for (int32_t s = 0; to && s < l->world; s++) {
@@ -182,10 +178,8 @@ done:
     if (status == HALO_OK)
       continue;
     rows_free(&out[s].by_query);
-    rows_free(&out[s].by_key);
   }
   halo__free(to);
-  halo__free(base);
   return status;
 }
 
@@ -211,6 +205,25 @@ halo_status halo__plan_slice(const halo__slice **out, halo_plan *p, int32_t quer
     p->sliced[query_rank] = true;
   }
   *out = &mine[source_rank];
+  return HALO_OK;
+}
+
+halo_status halo__plan_slice_by_key(const halo__rows **out, halo_plan *p, int32_t query_rank,
+                                    int32_t source_rank) {
+  const halo__slice *slice;
+  HALO_TRY(halo__plan_slice(&slice, p, query_rank, source_rank));
+  const int64_t world = p->layout.world, per_rank = p->layout.per_rank;
+  if (!p->by_key) HALO_TRY(halo__plan_alloc(&p->by_key, world * world, sizeof *p->by_key));
+  halo__rows *rows = &p->by_key[query_rank * world + source_rank];
+  if (!rows->offset) {
+    int64_t *base;
+    HALO_TRY(halo__plan_alloc(&base, p->n_patterns + 1, sizeof *base));
+    for (int64_t i = 0; i <= p->n_patterns; i++) base[i] = i * per_rank;
+    halo_status status = transpose(rows, &slice->by_query, per_rank, base, p->n_patterns);
+    halo__free(base);
+    if (status != HALO_OK) return status;
+  }
+  *out = rows;
   return HALO_OK;
 }
 
@@ -262,14 +275,17 @@ static halo_status cut_column_row(builder *to, const halo_plan *p, const halo__p
   const int64_t end = halo__lower_bound(s->column, 0, s->n_columns, (query + 1) * g);
   int64_t i = halo__lower_bound(s->column, 0, end, row->lo[query]);
   while (i < end) {
-    const int64_t key = s->column[i] / g;
-    const bool covered = halo__set_has(s, query, key);
-    for (; i < end && s->column[i] < (key + 1) * g; i++) {
-      if (covered)
-        continue;
+    const int64_t key = s->column[i] / g, next = halo__lower_bound(s->column, i, end, (key + 1) * g);
+    if (halo__set_has(s, query, key)) {
+      i = next;
+    } else if (halo__column_kind(p, row, query, s->column[i]) == HALO__FULL &&
+               s->column[next - 1] <= query * g) { /* then all between are full, too */
+      HALO_TRY(builder_add(to, i, next - i, false));
+      i = next;
+    } else {
       const halo__kind kind = halo__column_kind(p, row, query, s->column[i]);
-      if (kind != HALO__NONE)
-        HALO_TRY(builder_add(to, i, kind == HALO__PARTIAL));
+      if (kind != HALO__NONE) HALO_TRY(builder_add(to, i, 1, kind == HALO__PARTIAL));
+      i++;
     }
   }
   return HALO_OK;
@@ -279,7 +295,6 @@ static void column_slice_free(halo__column_slice *c) {
   if (!c)
     return;
   rows_free(&c->by_query);
-  rows_free(&c->by_column);
   halo__free(c);
 }
 
@@ -289,8 +304,6 @@ static halo_status cut_columns(halo__column_slice **out, halo_plan *p, int32_t q
   const int64_t n_rows = p->n_patterns * l->per_rank;
   builder b = {0};
   halo__column_slice *c = NULL;
-  const halo__columns *columns;
-  HALO_TRY(halo__plan_columns(&columns, p));
   HALO_TRY_GOTO(halo__plan_alloc(&c, 1, sizeof *c));
   HALO_TRY_GOTO(builder_open(&b, n_rows));
   for (int64_t row = 0; row < n_rows; row++) {
@@ -300,8 +313,6 @@ static halo_status cut_columns(halo__column_slice **out, halo_plan *p, int32_t q
   }
   c->n_pairs = b.items;
   HALO_TRY_GOTO(builder_close(&b, &c->by_query));
-  HALO_TRY_GOTO(
-      transpose(&c->by_column, &c->by_query, l->per_rank, columns->offset, p->n_patterns));
   *out = c;
 done:
   rows_free(&b.rows);
@@ -320,6 +331,23 @@ halo_status halo__plan_column_slice(const halo__column_slice **out, halo_plan *p
     HALO_TRY(cut_columns(&p->column_slices[query_rank], p, query_rank));
   }
   *out = p->column_slices[query_rank];
+  return HALO_OK;
+}
+
+halo_status halo__plan_columns_by_column(const halo__rows **out, halo_plan *p,
+                                         int32_t query_rank) {
+  const halo__column_slice *slice;
+  const halo__columns *columns;
+  HALO_TRY(halo__plan_column_slice(&slice, p, query_rank));
+  HALO_TRY(halo__plan_columns(&columns, p));
+  if (!p->by_column) {
+    HALO_TRY(halo__plan_alloc(&p->by_column, p->layout.world, sizeof *p->by_column));
+  }
+  halo__rows *rows = &p->by_column[query_rank];
+  if (!rows->offset) {
+    HALO_TRY(transpose(rows, &slice->by_query, p->layout.per_rank, columns->offset, p->n_patterns));
+  }
+  *out = rows;
   return HALO_OK;
 }
 
@@ -494,12 +522,14 @@ halo_status halo__plan_tokens(const halo__tokens **out, halo_plan *p, int32_t ra
 
 void halo__plan_drop_slices(halo_plan *p) {
   const int64_t world = p->layout.world;
-  for (int64_t i = 0; p->slices && i < world * world; i++) {
-    rows_free(&p->slices[i].by_query);
-    rows_free(&p->slices[i].by_key);
+  for (int64_t i = 0; i < world * world; i++) {
+    if (p->slices) rows_free(&p->slices[i].by_query);
+    if (p->by_key) rows_free(&p->by_key[i]);
   }
-  for (int64_t r = 0; p->column_slices && r < world; r++)
-    column_slice_free(p->column_slices[r]);
+  for (int64_t r = 0; r < world; r++) {
+    if (p->column_slices) column_slice_free(p->column_slices[r]);
+    if (p->by_column) rows_free(&p->by_column[r]);
+  }
   for (int64_t r = 0; p->tokens && r < world; r++)
     tokens_free(p->tokens[r]);
   while (p->gathers) {
@@ -510,6 +540,8 @@ void halo__plan_drop_slices(halo_plan *p) {
   columns_free(p->columns);
   halo__free(p->slices);
   halo__free(p->sliced);
+  halo__free(p->by_key);
+  halo__free(p->by_column);
   halo__free(p->column_slices);
   halo__free(p->tokens);
   halo__free(p->tile_counts);

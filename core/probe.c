@@ -21,14 +21,17 @@
 /* Room for logits; small values make many chunks. Tests set it, nothing else does. */
 int64_t halo__probe_work_bytes = INT64_C(256) << 20;
 
-halo_status halo__probe_buffers(void ***out, const halo__probe_job *p, int64_t n, int64_t bytes) {
+/* Work space is not zeroed: touching its pages twice would cost as much as the first kernel. */
+static halo_status make_buffers(void ***out, const halo__probe_job *p, int64_t n, int64_t bytes,
+                                bool is_zero) {
   int64_t total;
   HALO_CHECK(halo__mul(n, bytes, &total), HALO_ENOMEM, "probe: a buffer of %lld items is too large",
              (long long)n);
   void **buffers;
   HALO_TRY(halo__alloc_zero((void **)&buffers, p->here * (int64_t)sizeof *buffers, HALO_CPU));
   for (int32_t i = 0; i < p->here; i++) {
-    halo_status status = halo__alloc_zero(&buffers[i], total > 0 ? total : 1, HALO_CPU);
+    halo_status status = (is_zero ? halo__alloc_zero : halo__alloc)(
+        &buffers[i], total > 0 ? total : 1, HALO_CPU);
     if (status == HALO_OK)
       continue;
     halo__probe_free_buffers(buffers, p);
@@ -36,6 +39,10 @@ halo_status halo__probe_buffers(void ***out, const halo__probe_job *p, int64_t n
   }
   *out = buffers;
   return HALO_OK;
+}
+
+halo_status halo__probe_buffers(void ***out, const halo__probe_job *p, int64_t n, int64_t bytes) {
+  return make_buffers(out, p, n, bytes, true);
 }
 
 void halo__probe_free_buffers(void **buffers, const halo__probe_job *p) {
@@ -92,7 +99,7 @@ static halo_status allocate(halo__probe_job *p, int64_t size) {
   HALO_TRY(halo__probe_buffers(&p->q, p, lanes * size, bytes));
   HALO_TRY(halo__probe_buffers(&p->peak, p, p->chunk * p->lanes, bytes));
   HALO_TRY(halo__probe_buffers(&p->sum, p, padded * n_blocks * p->lanes, bytes));
-  return halo__probe_buffers(&p->z, p, p->chunk * tokens * p->lanes, bytes);
+  return make_buffers(&p->z, p, p->chunk * tokens * p->lanes, bytes, false);
 }
 
 /* What the kernels need to know of each rank here. */

@@ -47,19 +47,34 @@ halo_status halo_cpu_probe_score(void *score, const void *weight, const halo_pro
 }
 #else
 
-/* z[keys][lanes] of up to KEYS keys and LANES lanes; rows of z are `lanes` apart. */
-static inline void REAL(probe_tile)(acc *restrict z, const acc *restrict q, const real *restrict k,
-                                    int64_t stride, int64_t keys, int64_t lanes, int64_t size,
-                                    acc scale) {
-  acc sum[KEYS][LANES] = {{0}};
+typedef acc REAL(vec) __attribute__((vector_size(64), aligned(sizeof(acc)), may_alias));
+enum { REAL(VECTORS) = LANES * sizeof(acc) / 64 };
+
+/* z[keys][lanes] of `keys` <= KEYS keys and LANES lanes; rows of z are `lanes` apart. Inlined with
+ * constant keys, so that all sums stay in registers. */
+static inline __attribute__((always_inline)) void
+REAL(probe_tile)(acc *restrict z, const acc *restrict q, const real *restrict k, int64_t stride,
+                 const int64_t keys, int64_t lanes, int64_t size, acc scale) {
+  REAL(vec) sum[KEYS][REAL(VECTORS)] = {{{0}}};
   for (int64_t d = 0; d < size; d++) {
+    REAL(vec) row[REAL(VECTORS)];
+#pragma GCC unroll 2
+    for (int v = 0; v < REAL(VECTORS); v++) {
+      row[v] = *(const REAL(vec) *)(q + d * lanes + v * (LANES / REAL(VECTORS)));
+    }
+#pragma GCC unroll 8
     for (int64_t j = 0; j < keys; j++) {
       const acc x = LOAD(k[j * stride + d]);
-      for (int64_t l = 0; l < LANES; l++) sum[j][l] += q[d * lanes + l] * x;
+#pragma GCC unroll 2
+      for (int v = 0; v < REAL(VECTORS); v++) sum[j][v] += x * row[v];
     }
   }
+#pragma GCC unroll 8
   for (int64_t j = 0; j < keys; j++) {
-    for (int64_t l = 0; l < LANES; l++) z[j * lanes + l] = sum[j][l] * scale;
+#pragma GCC unroll 2
+    for (int v = 0; v < REAL(VECTORS); v++) {
+      *(REAL(vec) *)(z + j * lanes + v * (LANES / REAL(VECTORS))) = sum[j][v] * scale;
+    }
   }
 }
 
@@ -69,18 +84,18 @@ static void REAL(probe_logits)(acc *restrict z, const halo_probe *p, int64_t uni
                   kv * p->stride[2];
   const acc *q = (const acc *)p->q + unit * p->size * p->lanes;
   const int32_t *first = p->first + unit * p->lanes, *last = p->last + unit * p->lanes;
-  for (int64_t j = 0; j < p->block; j += KEYS) {
-    const int64_t keys = p->block - j < KEYS ? p->block - j : KEYS;
+  for (int64_t j = 0; j < p->block;) {
+    const real *from = k + j * p->stride[1];
+    const int64_t keys = p->block - j < KEYS ? 1 : KEYS;
     for (int64_t l = 0; l < p->lanes; l += LANES) {
       acc *to = z + j * p->lanes + l;
       if (keys == KEYS) {
-        REAL(probe_tile)(to, q + l, k + j * p->stride[1], p->stride[1], KEYS, p->lanes, p->size,
-                         (acc)p->scale);
+        REAL(probe_tile)(to, q + l, from, p->stride[1], KEYS, p->lanes, p->size, (acc)p->scale);
       } else {
-        REAL(probe_tile)(to, q + l, k + j * p->stride[1], p->stride[1], keys, p->lanes, p->size,
-                         (acc)p->scale);
+        REAL(probe_tile)(to, q + l, from, p->stride[1], 1, p->lanes, p->size, (acc)p->scale);
       }
     }
+    j += keys;
   }
   for (int64_t j = 0; j < p->block; j++) {
     const int32_t position = p->start[block] + (int32_t)j;

@@ -110,7 +110,8 @@ static void replay_tiles(replay *c, bool by_key) {
     for (int32_t s = 0; s < halo_layout_world(c->l); s++) {
       const halo__slice *slice;
       CHECK_OK(halo__plan_slice(&slice, c->p, r, s));
-      const halo__rows *rows = by_key ? &slice->by_key : &slice->by_query;
+      const halo__rows *rows = &slice->by_query;
+      if (by_key) CHECK_OK(halo__plan_slice_by_key(&rows, c->p, r, s));
       int64_t tiles = 0;
       check_rows(c, rows);
       for (int64_t i = 0; i < rows->offset[rows->n_rows]; i++)
@@ -160,7 +161,8 @@ static void replay_columns(replay *c, bool by_column) {
   for (int32_t r = 0; r < halo_layout_world(c->l); r++) {
     const halo__column_slice *slice;
     CHECK_OK(halo__plan_column_slice(&slice, c->p, r));
-    const halo__rows *rows = by_column ? &slice->by_column : &slice->by_query;
+    const halo__rows *rows = &slice->by_query;
+    if (by_column) CHECK_OK(halo__plan_columns_by_column(&rows, c->p, r));
     check_rows(c, rows);
     for (int64_t u = 0; u < c->o->batch * c->o->heads; u++) {
       const int64_t pattern = halo__plan_pattern_of(c->p)[u];
@@ -662,11 +664,16 @@ static halo_status use_plan(const oracle *o, const halo_layout *l) {
   const halo__column_slice *columns;
   const halo__gather *gather;
   const halo__tokens *tokens;
+  const halo__rows *rows;
   double worker;
   if (status == HALO_OK)
     status = halo__plan_slice(&slice, p, 1, 0);
   if (status == HALO_OK)
     status = halo__plan_column_slice(&columns, p, 0);
+  if (status == HALO_OK)
+    status = halo__plan_slice_by_key(&rows, p, 1, 0);
+  if (status == HALO_OK)
+    status = halo__plan_columns_by_column(&rows, p, 0);
   if (status == HALO_OK)
     status = halo__plan_gather(&gather, p, 1);
   if (status == HALO_OK)
