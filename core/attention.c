@@ -556,7 +556,7 @@ static halo_status check_positions(const halo_tensor *t, int64_t n, const char *
              t == NULL ? "NULL" : halo__describe(t), (long long)n);
   const int64_t *x = halo__data(t);
   for (int64_t i = 0; i < n; i++) {
-    HALO_CHECK(x[i] >= 0 && x[i] < INT32_MAX, HALO_EARG, "attention_cached: %s[%lld] is %lld", name,
+    HALO_CHECK(x[i] >= 0 && x[i] <= INT32_MAX, HALO_EARG, "attention_cached: %s[%lld] is %lld", name,
                (long long)i, (long long)x[i]);
   }
   return HALO_OK;

@@ -104,13 +104,13 @@ end
 function Comm:all_gather_tensor(t)
   t = t:contiguous()
   if is_alone(self) then return { t } end
-  local n, bytes = self:size(), t:count() * tensor.dtype_bytes(t.dtype)
+  local n, bytes = self:size(), t.count * tensor.dtype_bytes(t.dtype)
   local buffer = ffi.new("uint8_t[?]", n * bytes)
   local out, input = ffi.new("void *[1]", buffer), ffi.new("const void *[1]", ffi.cast("const void *", C.halo_tensor_data(t)))
   check(C.halo_comm_all_gather(self.handle, out, input, bytes))
   local list = {}
   for r = 1, n do
-    list[r] = tensor.from_pointer(buffer + (r - 1) * bytes, { shape = t:shape(), dtype = t.dtype })
+    list[r] = tensor.from_pointer(buffer + (r - 1) * bytes, { shape = t.shape, dtype = t.dtype })
   end
   return list
 end

@@ -20,7 +20,7 @@ local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
 
 local M = {}
 
-local NEVER = 2 ^ 52 -- a position that no query reaches: padding and unused cache rows
+local NEVER = 2 ^ 31 - 1 -- a position that no query reaches: padding and unused cache rows
 
 local Cache = {}
 Cache.__index = Cache
@@ -81,7 +81,7 @@ end
 -- Ties go to the lower id; the draw is a function of (seed, position).
 -- @source nucleus sampling: Holtzman et al., arXiv 1904.09751
 function M.pick(logits, o)
-  local n = logits:count()
+  local n = logits.count
   local values = ffi.new("double[?]", n)
   local wide = logits:cast "f64"
   check(C.halo_tensor_read(wide, values))

@@ -33,7 +33,7 @@ describe("golden models of Transformers", function()
 
   -- All values of a tensor as doubles.
   local function values(t)
-    local n = t:count()
+    local n = t.count
     local out = ffi.new("double[?]", n)
     check(C.halo_tensor_read(t:cast "f64":contiguous(), out))
     return out, n
@@ -163,7 +163,8 @@ describe("golden models of Transformers", function()
           local loss, labels = m:loss(batch.ids, batch.labels, run_of(m, attend, batch.positions))
           local mean = loss:item() / labels:item()
           assert.is_true(math.abs(mean - golden:read("loss"):item()) < 1e-6, ("loss %.8f"):format(mean))
-          (loss * (1 / labels:item())):backward()
+          local scaled = loss * (1 / labels:item())
+          scaled:backward()
           for _, p in ipairs(m.parameters) do
             local difference = relative(p.tensor.grad, golden:read("grad." .. p.name))
             assert.is_true(difference < 1e-4, ("gradient of %s differs by %.2e"):format(p.name, difference))
@@ -172,8 +173,8 @@ describe("golden models of Transformers", function()
       end
 
       -- Ten AdamW steps; returns the model.
-      local function train(world)
-        local m = fresh()
+      local function train(world, dtype)
+        local m = model.from_hf(dir, { dtype = dtype })
         local attend = new_attend(m, world, false)
         local opt = optim.adamw(m.parameters, { betas = settings.betas, eps = settings.eps,
           decay = settings.weight_decay })
@@ -199,12 +200,20 @@ describe("golden models of Transformers", function()
         return m
       end
 
+      -- Final weights. Adam divides a gradient by its own size, so a tensor whose gradient nearly
+      -- cancels (the key bias: softmax does not see a shift of all keys) turns rounding noise into
+      -- weights: between the fp64 run and the fp32 golden numbers that noise is up to 9.6e-5 already.
+      -- In fp64 the 1e-4 of the golden run is met; two fp32 programs differ by two such noises.
+      local bounds = { f64 = 1e-4, f32 = 3e-4 }
+
       it("trains ten AdamW steps and generates as Transformers does", function()
-        for _, world in ipairs { 1, 2 } do
-          local m = train(world)
+        for _, case in ipairs { { 1, "f32" }, { 2, "f32" }, { 1, "f64" }, { 4, "f64" } } do
+          local world, dtype = unpack(case)
+          local m = train(world, dtype)
           for _, p in ipairs(m.parameters) do
             local difference = relative(p.tensor, golden:read("final." .. p.name))
-            assert.is_true(difference < 1e-4, ("%s differs by %.2e on %d ranks"):format(p.name, difference, world))
+            assert.is_true(difference < bounds[dtype],
+              ("%s differs by %.2e on %d ranks, %s"):format(p.name, difference, world, dtype))
           end
           local prompt, expected = {}, {}
           local p, n = values(golden:read "greedy_prompt")

@@ -133,7 +133,7 @@ function M.load_weights(model, path)
     wanted[p.name] = true
     local info = file:info(p.name)
     if not info then fail("data", "%s has no tensor %s", path, p.name) end
-    local shape = p.tensor:shape()
+    local shape = p.tensor.shape
     local same = #info.shape == #shape
     for i = 1, #shape do same = same and info.shape[i] == shape[i] end
     if not same then
