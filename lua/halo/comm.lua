@@ -36,16 +36,9 @@ function M.self() return make(C.halo_comm_self) end
 --- W ranks inside this process: for tests, `halo check` and the prompt.
 function M.virtual(world) return make(C.halo_comm_local, world) end
 
-local the_world
-
---- The ranks the launcher started (made once); one rank when there was none.
+--- The ranks the launcher started; one rank when there was none. `halo.launch` owns and ends it.
 -- @raise communication when the launcher's count and MPI's differ
-function M.world()
-  if not the_world then
-    the_world = launch.job() > 1 and make(C.halo_comm_world) or M.self()
-  end
-  return the_world
-end
+function M.world() return setmetatable({ handle = launch.world() }, Comm) end
 
 --- True for communicators.
 function M.is(v) return getmetatable(v) == Comm end
@@ -158,13 +151,6 @@ function Comm:abort(code) C.halo_comm_abort(self.handle, code or 70) end
 
 Comm.__tostring = function(self)
   return ("%s communicator: rank %d of %d, %d here"):format(self:name(), self:rank(), self:size(), self:here())
-end
-
---- Leave MPI in an orderly way; called once at the end of the program.
-function M.shutdown()
-  the_world = nil
-  collectgarbage()
-  C.halo_comm_shutdown()
 end
 
 return M

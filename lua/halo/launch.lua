@@ -35,19 +35,34 @@ function M.is_first()
   return rank == 0
 end
 
--- halo.comm, if anything of this process communicates; loading it only to say good-bye would be a waste.
-local function loaded_comm() return package.loaded["halo.comm"] end
+local world
 
---- End of the program: finalise MPI, if it was used.
+--- The C handle of the whole job's communicator, made once and ended by `close`: MPI when a launcher started
+-- several ranks, else `self`. `halo.comm.world()` is the object for it.
+function M.world()
+  if world == nil then
+    local halo_ffi = require "halo.ffi"
+    local out = halo_ffi.ffi.new "halo_comm *[1]"
+    local make = M.job() > 1 and halo_ffi.C.halo_comm_world or halo_ffi.C.halo_comm_self
+    halo_ffi.check(make(out))
+    world = out[0]
+  end
+  return world
+end
+
+--- End of the program: give the world back and finalise MPI. Harmless when neither was used.
 function M.close()
-  local comm = loaded_comm()
-  if comm then comm.shutdown() end
+  if world == nil then return end
+  local C = require("halo.ffi").C
+  collectgarbage() -- rings that were made on it go first
+  C.halo_comm_free(world)
+  world = nil
+  C.halo_comm_shutdown()
 end
 
 --- After an error that other ranks do not know of: end the whole job with this exit code.
 function M.abort(code)
-  local comm = loaded_comm()
-  if comm and M.job() > 1 then comm.world():abort(code) end
+  if world ~= nil then require("halo.ffi").C.halo_comm_abort(world, code) end
 end
 
 --- Command that starts `argv` on n ranks of this machine.
