@@ -88,7 +88,7 @@ end
 -- @treturn int exit code: 0, or 75 after a checkpoint that a signal asked for
 function M.run(recipe, o)
   o = args.named("train.run", o or {}, { resume = "string?", out = "string?", verbose = "boolean?", virtual_ranks = "boolean?", comm = "any?", quiet = "boolean?" })
-  C.halo_signals_install()
+  C.halo_signals_install(nil)
   local job = job_module.new(recipe, { virtual_ranks = o.virtual_ranks, comm = o.comm })
   local world = job.comm
   local resume = o.resume
