@@ -97,7 +97,8 @@ function File:read(name, o)
     local info = self:info(name)
     local dtype = o.dtype or info.dtype or natural[info.code]
     if not dtype then
-      errors.raise("data", ("%s: tensor %s is %s, which Halo does not compute with"):format(self.path, name, info.code), 2)
+      errors.raise("data", ("%s: tensor %s is %s, which Halo does not compute with"):format(self.path, name,
+        info.code), 2)
     end
     into = tensor.new { shape = info.shape, dtype = dtype, device = o.device }
   end
@@ -149,7 +150,8 @@ local writer_slot = ffi.new "halo_safetensors_writer *[1]"
 -- @return a `halo_safetensors_writer *` with its finalizer
 function M.writer(tensors, o)
   if o.dtype and not (codes[o.dtype] and (is_float[o.dtype] or o.dtype == "f16")) then
-    errors.raise("usage", ("safetensors: dtype must be f64, f32, bf16 or f16, got %s"):format(args.describe(o.dtype)), 3)
+    errors.raise("usage", ("safetensors: dtype must be f64, f32, bf16 or f16, got %s"):format(
+      args.describe(o.dtype)), 3)
   end
   call(C.halo_safetensors_writer_new, writer_slot)
   local writer = ffi.gc(writer_slot[0], C.halo_safetensors_writer_free)

@@ -103,7 +103,8 @@ describe("safetensors", function()
             local ffi = require "ffi"
             local C = require("halo.ffi").C
             assert.equal(to - from, info.bytes)
-            assert.is_true(ffi.string(C.halo_tensor_data(t), to - from) == raw:sub(9 + length + from, 8 + length + to))
+            local bytes = ffi.string(C.halo_tensor_data(t), to - from)
+            assert.is_true(bytes == raw:sub(9 + length + from, 8 + length + to))
             n = n + 1
           end
           file:close()
