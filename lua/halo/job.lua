@@ -63,7 +63,7 @@ local function build_model(recipe, vocab)
   local config = model.config {
     family = m.family, layers = m.layers, width = m.width, heads = m.heads, kv_heads = m.kv_heads,
     head_dim = m.head_dim, ffn = m.ffn, vocab = m.vocab, context = m.context, rope = m.rope, tie = m.tie,
-    eps = m.norm_eps, init_std = m.init,
+    eps = m.eps, init = m.init,
   }
   if config.vocab < vocab then
     fail("usage", "model: vocab = %d, but the tokenizer has %d tokens", config.vocab, vocab)

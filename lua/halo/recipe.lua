@@ -15,7 +15,7 @@
 -- The resolved table, which training, evaluation and reports read:
 --    name, about, seed, dtype, device, deterministic, out, file (where it was read)
 --    model      { type, family, layers, width, heads, kv_heads, head_dim, ffn, vocab, context, tie, eps,
---                 init_std, recompute, rope }, a config of halo.model; type = "hf" has `from` (a folder)
+--                 init, recompute, rope }, a config of halo.model; type = "hf" has `from` (a folder)
 --                 too, and its sizes come from config.json. rope = { scheme, theta, factor, ... } of
 --                 halo.rope
 --    tokenizer  { type = "byte" } or { type = "bpe", from }

@@ -71,6 +71,19 @@ rope("longrope", "A factor per frequency, one list up to the original context an
 local recompute_field = { "recompute", kind.enum { "none", "block" }, default = "block",
   doc = "block: keep block inputs only and run blocks again in backward" }
 
+-- Formulas and reasons: model/init_weights.lua.
+define { name = "normal", group = "init", positional = "std",
+  doc = "Initial weights normal(0, std), residual outputs divided by sqrt(2 layers). GPT-2.",
+  fields = { { "std", kind.positive, default = 0.02, doc = "standard deviation" } }, example = "init = normal(0.02)" }
+define { name = "fan_in", group = "init",
+  doc = "Initial weights normal(0, 1/columns): products keep their input's size. For small models.",
+  fields = {
+    { "embedding", kind.positive, default = 0.2, doc = "standard deviation of the embedding" },
+    { "previous_token", kind.range { min = 0 }, default = 0,
+      doc = "strength of heads in layer 1 that begin by looking 1 to 4 tokens back (0: none; 3 is a good one)" },
+  }, example = "init = fan_in { embedding = 0.2, previous_token = 3 }" }
+schema.coerce("init", function(v, place) return type(v) == "number" and schema.construct("normal", v, place) or nil end)
+
 -- One constructor per family file (model/<family>.lua), with the family's own defaults.
 local function model(family)
   local d = family.defaults
@@ -88,7 +101,8 @@ local function model(family)
       { "rope_theta", kind.positive, default = d.rope_theta, doc = "rotary base" },
       { "tie", kind.bool, default = d.tie, doc = "output layer shares the embedding" },
       { "eps", kind.positive, default = d.eps, doc = "epsilon of RMSNorm" },
-      { "init_std", kind.positive, default = 0.02, doc = "standard deviation of initial weights (GPT-2)" },
+      { "init", node "init", default = new "normal", shown_default = "default normal(0.02)",
+        doc = "how weights begin: a standard deviation, normal { }, or fan_in { }" },
       { "rope", node "rope", default = new "default",
         shown_default = "default default { }", doc = "position scheme" },
       recompute_field,
@@ -104,6 +118,9 @@ local function model(family)
           complain(("width (%d) is not a multiple of heads (%d); give head_dim"):format(v.width, v.heads), "width")
         end
         v.head_dim = v.width / v.heads
+      end
+      if (v.init.previous_token or 0) > 0 and not family.qkv_bias then
+        complain(("previous_token lives in the biases of q and k, which %s does not have"):format(family.name), "init")
       end
       if v.head_dim % 2 ~= 0 then
         complain(("head_dim (%d) must be even, rotary positions turn pairs"):format(v.head_dim), "head_dim")

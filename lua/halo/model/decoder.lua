@@ -13,6 +13,7 @@
 -- loss in chunks of rows, and with `recompute` each layer keeps its input only.
 local autograd = require "halo.autograd"
 local errors = require "halo.errors"
+local init_weights = require "halo.model.init_weights"
 local ops = require "halo.ops"
 local rope = require "halo.rope"
 local tensor = require "halo.tensor"
@@ -37,6 +38,9 @@ function M.check(c)
     fail("heads (%d) must be a multiple of kv_heads (%d)", c.heads, c.kv_heads)
   end
   if c.head_dim % 2 ~= 0 then fail("head_dim must be even for rotary positions, got %d", c.head_dim) end
+  if c.init and (c.init.previous_token or 0) > 0 and not c.qkv_bias then
+    fail("init: previous_token lives in the biases of q and k, which %s does not have", c.family)
+  end
   if not (c.eps > 0 and c.eps < 1) then fail("eps must be in (0,1), got %s", tostring(c.eps)) end
   return c
 end
@@ -78,41 +82,16 @@ function M.count(c)
   return n
 end
 
--- A stream number for a name, so that a parameter's initial values depend on its name alone and not on
--- how many came before it (FNV-1a, 32 bits).
-local function stream_of(name)
-  local bit = require "bit"
-  local h = 2166136261
-  for i = 1, #name do
-    h = bit.tobit(bit.bxor(h, name:byte(i)))
-    -- h * 16777619 mod 2^32 in parts that stay exact in a double
-    local low, high = h % 65536, math.floor(h % 4294967296 / 65536)
-    h = (low * 16777619 + (high * 16777619 % 65536) * 65536) % 4294967296
-  end
-  return h
-end
-
---- Build a model with fresh weights: normal(0, 0.02), residual outputs scaled by 1/sqrt(2 layers)
--- (GPT-2, Radford et al. 2019, section 2.3), biases 0, norms 1.
+--- Build a model with fresh weights (model/init_weights.lua).
 -- @tparam table c config (see `halo.model`)
 -- @tparam[opt] table o `{ seed = 0, dtype = "f32", values = true }`; values = false leaves weights unset
 function M.build(c, o)
   o = o or {}
   M.check(c)
   local self = setmetatable({ config = c, parameters = {}, weight = {}, dtype = o.dtype or "f32" }, Model)
-  local std = c.init_std or 0.02
+  local make = init_weights.maker(c, { seed = o.seed, dtype = self.dtype, values = o.values })
   for _, p in ipairs(M.parameter_list(c)) do
-    local t
-    if p.kind == "norm" then
-      t = tensor.ones { shape = p.shape, dtype = self.dtype }
-    elseif p.kind == "bias" or o.values == false then
-      t = tensor.zeros { shape = p.shape, dtype = self.dtype }
-    else
-      t = tensor.normal {
-        shape = p.shape, dtype = self.dtype, seed = o.seed or 0, stream = stream_of(p.name),
-        std = p.out and std / math.sqrt(2 * c.layers) or std,
-      }
-    end
+    local t = make(p)
     t:require_grad(true)
     self.parameters[#self.parameters + 1] = { name = p.name, tensor = t, kind = p.kind }
     self.weight[p.name] = t
@@ -223,14 +202,16 @@ function Model:head()
   return self.weight["lm_head.weight"] or self.weight["model.embed_tokens.weight"]
 end
 
---- Sum of the losses of all labelled tokens here and their number.
--- Divide by the *global* number of labels, once (distributed.md 3, loss normalisation).
+--- Sum of the losses of all labelled tokens here and their number; with weights the weighted sum, and
+-- the sum of weights. Divide by the *global* number, once (distributed.md 3, loss normalisation).
 -- @tparam Tensor labels i32 `[B,T]`, shifted already, -100 where there is none
+-- @tparam table run see `hidden`; also `loss_chunk` (rows of logits at hand, 0 = automatic), `weights`
+--   (Tensor `[B,T]`, what each label counts; nil: 1)
 function Model:loss(ids, labels, run)
   local x = self:hidden(ids, run)
   local rows = x:size(1) * x:size(2)
   return ops.linear_cross_entropy(x:reshape { rows, self.config.width }, self:head(),
-    labels:reshape { rows }, { chunk = run.loss_chunk or 0 })
+    labels:reshape { rows }, run.weights and run.weights:reshape { rows }, { chunk = run.loss_chunk or 0 })
 end
 
 --- Negative log-likelihood of every label, `[B,T]` (0 where there is none); no gradient.

@@ -1,7 +1,8 @@
 --- Models: from sizes, from a Hugging Face folder, and back to one.
 --
 -- A config is a plain table:
---    family, layers, width, heads, kv_heads, head_dim, ffn, vocab, context, eps, tie, rope, qkv_bias, qk_norm
+--    family, layers, width, heads, kv_heads, head_dim, ffn, vocab, context, eps, tie, rope, init, qkv_bias,
+--    qk_norm
 -- A family file (this folder) holds what differs between families; adding one is adding a file.
 local args = require "halo.args"
 local decoder = require "halo.model.decoder"
@@ -21,7 +22,7 @@ function M.families()
   local names = {}
   for _, file in ipairs(fs.list(here)) do
     local name = file:match "^([%w_]+)%.lua$"
-    if name and name ~= "init" and name ~= "decoder" then names[#names + 1] = name end
+    if name and name ~= "init" and require("halo.model." .. name).architecture then names[#names + 1] = name end
   end
   table.sort(names)
   return names
@@ -36,7 +37,8 @@ end
 
 --- A config from a recipe's sizes; what is left out follows the family.
 -- @tparam table s family, layers, width, heads, vocab and optionally kv_heads (heads), head_dim
---   (width/heads), ffn (8/3 width rounded up to 32), context, rope_theta, rope, eps, tie
+--   (width/heads), ffn (8/3 width rounded up to 32), context, rope_theta, rope, eps, tie, init (see
+--   model/init_weights.lua)
 function M.config(s)
   local family = M.family(s.family)
   local d = family.defaults
@@ -47,7 +49,7 @@ function M.config(s)
     head_dim = s.head_dim or (s.width and s.heads and s.width / s.heads),
     ffn = s.ffn or (s.width and math.ceil(s.width * 8 / 3 / 32) * 32),
     vocab = s.vocab, context = s.context or 32768,
-    eps = s.eps or d.eps, tie = pick(s.tie, d.tie), init_std = s.init_std,
+    eps = s.eps or d.eps, tie = pick(s.tie, d.tie), init = s.init,
   }
   c.rope = {}
   for k, v in pairs(s.rope or {}) do c.rope[k] = v end
@@ -92,7 +94,8 @@ function M.read_config(dir)
     head_dim = h.head_dim or (h.hidden_size and h.num_attention_heads
       and h.hidden_size / h.num_attention_heads),
     ffn = h.intermediate_size, vocab = h.vocab_size, context = h.max_position_embeddings,
-    eps = h.rms_norm_eps, tie = h.tie_word_embeddings == true, init_std = h.initializer_range,
+    eps = h.rms_norm_eps, tie = h.tie_word_embeddings == true,
+    init = h.initializer_range and { type = "normal", std = h.initializer_range },
     rope = rope.from_hf(h), hf = h,
   }
   return decoder.check(c)
@@ -110,7 +113,7 @@ function M.hf_config(c)
   h.head_dim, h.intermediate_size, h.vocab_size = c.head_dim, c.ffn, c.vocab
   h.max_position_embeddings, h.rms_norm_eps = c.context, c.eps
   h.tie_word_embeddings, h.hidden_act = c.tie, "silu"
-  h.initializer_range = c.init_std or 0.02
+  h.initializer_range = c.init and c.init.std or h.initializer_range or 0.02
   h.attention_bias = family.name ~= "qwen2" and false or nil
   -- Both spellings, so that Transformers 4 and 5 read the same model.
   local r = rope.to_hf(c.rope, c.head_dim)
