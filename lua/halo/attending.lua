@@ -74,13 +74,15 @@ function Attending:set_context(n_tokens, batch)
 end
 
 --- A new micro-batch.
--- @tparam[opt] table o `documents` (int32 pointer `[B,N]`, global order), `step` (for the samples of recall)
+-- @tparam[opt] table o `documents` (int32 pointer `[B,N]`, global order), `step` (for the samples of
+-- recall), `plans` (chosen before on other text: used with these documents instead of selecting)
 function Attending:begin(o)
   self.documents = o.documents
   self.step = o.step or 0
-  self.plans = {}
-  self.shared = nil
-  self.recall = {}
+  self.plans, self.recall, self.shared = {}, {}, nil
+  for layer, plan in pairs(o.plans or {}) do
+    self.plans[layer] = plan:with_documents { documents = self.documents, batch = self.batch }
+  end
 end
 
 --- Tokens of this process per sequence: ranks here times local tokens.
@@ -156,7 +158,7 @@ function Attending:plan_for(layer, q, k)
   end
   if pattern.frozen then
     local kept = self.frozen[layer]
-    if kept and kept.context == self.context then return kept.plan:with_documents(self.documents, self.batch) end
+    if kept and kept.context == self.context then return kept.plan:with_documents { documents = self.documents, batch = self.batch } end
     local plan = self:build(pattern, layer, q, k)
     self.frozen[layer] = { plan = plan, context = self.context }
     return plan

@@ -98,7 +98,8 @@ function M.new(recipe, o)
   memory.tagged("weights", function() self.model = build_model(recipe, self.tokenizer.vocab_size) end)
   self.attending = attending.new { config = self.model.config, comm = self.ring_comm,
     pattern = recipe.attention, inner = self.comm:local_size() }
-  self.optim = optim.adamw(self.model.parameters, recipe.optim)
+  local a = recipe.optim
+  self.optim = optim.adamw(self.model.parameters, { betas = a.betas, eps = a.eps, decay = a.decay, clip = a.clip })
   self.data = data.open(recipe.data, { tokenizer = self.tokenizer, seed = recipe.seed, comm = self.comm })
   self.comm:same(self:weights_hash(), "initial weights")
   return self
@@ -152,9 +153,17 @@ function Job:batch(step, micro)
   local s = self.stage
   local share = s.batch / (self.dp * s.accumulate)
   local first = s.first_sample + (step - s.first_step) * s.batch + ((micro - 1) * self.dp + self.data_index) * share
-  return self.data:batch { first = first, batch = share, context = s.context,
-    layout = self.attending.layout, rank = self.ring_comm:rank(), here = self.ring_comm:here() }
+  return self.data:batch(self:cut(first, share))
 end
+
+-- Which samples, and the part of them that belongs to this process.
+function Job:cut(first, rows)
+  return { first = first, batch = rows, context = self.stage.context, layout = self.attending.layout.handle,
+    rank = self.ring_comm:rank(), here = self.ring_comm:here() }
+end
+
+--- A batch of held-out text at the stage's context; the same one every time for the same `first`.
+function Job:validation_batch(rows, first) return self.data:validation_batch(self:cut(first or 0, rows)) end
 
 -- Forward and backward of one micro-batch; returns the sum of losses and the number of labels here.
 function Job:micro_step(step, micro)
@@ -200,17 +209,15 @@ function Job:step()
   end
   self.comm:all_reduce_tensor(self.optim:flat_grad())
   local loss = sum / labels
-  local gnorm = self.optim:grad_norm() / labels
+  local norm = self.optim:grad_norm()
   local record = {
-    step = step, steps = self.total_steps, stage = s.index, context = s.context, loss = loss, gnorm = gnorm,
+    step = step, steps = self.total_steps, stage = s.index, context = s.context, loss = loss, gnorm = norm / labels,
     lr = self:rate_of(step), labels = labels, data_s = data_s,
     density = summary.density, recall = summary.recall, balance = summary.balance, critical = summary.critical,
   }
   local verdict = self.hooks.judge and self.hooks.judge(record) or "go"
   if verdict == "go" then
-    local clip = self.recipe.optim.clip
-    local factor = clip > 0 and math.min(1, clip / (gnorm + 1e-6)) or 1 -- torch.nn.utils.clip_grad_norm_
-    self.optim:step { step = step, lr = record.lr, scale = factor / labels }
+    self.optim:step { step = step, lr = record.lr, scale = 1 / labels, norm = norm }
   end
   record.skipped = verdict ~= "go" or nil
   self.step_index = step
@@ -224,13 +231,13 @@ function Job:step()
   return record
 end
 
---- Loss (mean over labels) on a batch without training on it, under a given attention.
--- @tparam table batch from `Job:batch` or `data:batch`
--- @tparam[opt] Attending attend (default: the job's own)
-function Job:loss_on(batch, attend)
-  attend = attend or self.attending
+--- Loss (mean over labels) on a batch without training on it, under the attention in use.
+-- @tparam table batch from `Job:batch` or `Job:validation_batch`
+-- @tparam[opt] {Plan,...} plans per layer, instead of selecting: a frozen choice on other text
+function Job:loss_on(batch, plans)
+  local attend = self.attending
   return autograd.no_grad(function()
-    attend:begin { documents = batch.documents, step = self.step_index }
+    attend:begin { documents = batch.documents, step = self.step_index, plans = plans }
     local run = { mlp_chunk = 4096, attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
     local sum, n
     memory.scope(function()

@@ -157,7 +157,7 @@ end
 function Measure:compare(kinds)
   local job = self.job
   local attending = job.attending
-  local batch = job:validation_batch(1)
+  local batch = job:validation_batch(attending.batch)
   local out = { labels = 0 }
   local pattern, kept = attending.pattern, attending.plans
   out.sparse, out.labels = job:loss_on(batch)
@@ -168,7 +168,7 @@ function Measure:compare(kinds)
       out.dense = job:loss_on(batch)
       attending.pattern = pattern
     elseif kind == "frozen" then
-      out.frozen = job:loss_on(batch, nil, kept)
+      out.frozen = job:loss_on(batch, kept)
     end
   end
   attending.plans = kept

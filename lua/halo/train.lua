@@ -88,13 +88,13 @@ end
 -- @treturn int exit code: 0, or 75 after a checkpoint that a signal asked for
 function M.run(recipe, o)
   o = args.named("train.run", o or {}, { resume = "string?", out = "string?", verbose = "boolean?", virtual_ranks = "boolean?", comm = "any?", quiet = "boolean?" })
-  C.halo_signals_install(nil)
   local job = job_module.new(recipe, { virtual_ranks = o.virtual_ranks, comm = o.comm })
   local world = job.comm
   local resume = o.resume
   if resume == "auto" then resume = newest_run(recipe) end
   local folder = choose_folder(recipe, world, o.out or (resume and checkpoint.run_folder(resume)))
   local run = setmetatable({ job = job, folder = folder, recipe = recipe, results = {} }, Run)
+  halo_ffi.check(C.halo_signals_install(("%s/logs/crash-%d.txt"):format(folder, world:rank())))
   run.log = log_module.open { dir = folder, rank = world:rank(), name = recipe.name,
     total_steps = job.total_steps, resumed = resume ~= nil, quiet = o.quiet }
   run.guards = guards.new(recipe.guard, run)
