@@ -191,6 +191,7 @@ function Job:step()
   local s, clock = self.stage, progress.clock
   local started = clock()
   self.ring_comm:reset_timer()
+  self.comm:reset_timer()
   if self.hooks.before_step then self.hooks.before_step(step) end
   self.optim:zero_grad()
   local sum, labels, data_s = 0, 0, 0
@@ -200,7 +201,6 @@ function Job:step()
     sum, labels = sum + l, labels + n
   end
   summary = self.attending:summary()
-  local waited = self.ring_comm:exposed_seconds()
   -- One exchange for numbers, one for gradients.
   local totals = self.comm:all_reduce { sum, labels }
   sum, labels = totals[1], totals[2]
@@ -224,7 +224,8 @@ function Job:step()
   self.tokens_seen = self.tokens_seen + s.batch * s.context
   record.tokens = self.tokens_seen
   record.dt = clock() - started
-  record.comm_s = waited + self.comm:exposed_seconds()
+  record.comm_s = self.comm:exposed_seconds()
+  if self.ring_comm ~= self.comm then record.comm_s = record.comm_s + self.ring_comm:exposed_seconds() end
   record.tok_s = s.batch * s.context / record.dt
   record.flops = self.model:flops_per_token(s.context, record.density) * s.batch * s.context
   record.mem = tonumber(C.halo_memory_peak_bytes(C.HALO_CPU, -1))
