@@ -81,7 +81,7 @@ function Attending:begin(o)
   self.step = o.step or 0
   self.plans, self.recall, self.shared = {}, {}, nil
   for layer, plan in pairs(o.plans or {}) do
-    self.plans[layer] = plan:with_documents { documents = self.documents, batch = self.batch }
+    self.plans[layer] = plan:with_documents(self.documents, self.batch)
   end
 end
 
@@ -158,7 +158,7 @@ function Attending:plan_for(layer, q, k)
   end
   if pattern.frozen then
     local kept = self.frozen[layer]
-    if kept and kept.context == self.context then return kept.plan:with_documents { documents = self.documents, batch = self.batch } end
+    if kept and kept.context == self.context then return kept.plan:with_documents(self.documents, self.batch) end
     local plan = self:build(pattern, layer, q, k)
     self.frozen[layer] = { plan = plan, context = self.context }
     return plan

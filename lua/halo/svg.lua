@@ -111,7 +111,8 @@ local palette = { "#1f6feb", "#d1495b", "#2e933c", "#8457c9", "#c77f0a", "#0e8a9
 -- @treturn string an SVG document
 function M.lines(o)
   local width, height = o.width or 640, o.height or 300
-  local left, right, top, bottom = 62, 16, 40, 46
+  local has_legend = #o.series > 1
+  local left, right, top, bottom = 62, 16, has_legend and 56 or 40, 46
   local function log_of(on) return on and function(v) return math.log(math.max(v, 1e-30)) / math.log(10) end or function(v) return v end end
   local fx, fy = log_of(o.log_x), log_of(o.log_y)
   local x0, x1, y0, y1 = math.huge, -math.huge, math.huge, -math.huge
@@ -151,6 +152,7 @@ function M.lines(o)
       :format(px(m[1]), px(m[1]), top, height - bottom)
     body[#body + 1] = text(px(m[1]) + 4, top + 10, m[2], { anchor = "start", size = 11, fill = "#777" })
   end
+  local legend_x = left
   for i, s in ipairs(o.series) do
     local path, color = {}, palette[(i - 1) % #palette + 1]
     for _, p in ipairs(s.points) do
@@ -160,10 +162,10 @@ function M.lines(o)
     end
     body[#body + 1] = ('<path d="%s" fill="none" stroke="%s" stroke-width="%g" stroke-linejoin="round"%s/>')
       :format(table.concat(path, " "), color, s.faint and 1 or 2, s.faint and ' opacity="0.35"' or "")
-    if s.name and #o.series > 1 then
-      local y = top + 2 + 16 * (i - 1)
-      body[#body + 1] = ('<rect x="%g" y="%g" width="12" height="3" fill="%s"/>'):format(width - right - 130, y, color)
-      body[#body + 1] = text(width - right - 112, y + 6, s.name, { anchor = "start", size = 11 })
+    if s.name and has_legend then -- one row between title and plot
+      body[#body + 1] = ('<rect x="%g" y="40" width="12" height="3" fill="%s"/>'):format(legend_x, color)
+      body[#body + 1] = text(legend_x + 17, 45, s.name, { anchor = "start", size = 11 })
+      legend_x = legend_x + 34 + 6.2 * #s.name
     end
   end
   body[#body + 1] = ('<rect x="%g" y="%g" width="%g" height="%g" fill="none" stroke="#bbb"/>')
