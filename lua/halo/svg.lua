@@ -57,7 +57,7 @@ function M.heatmap(o)
   for _, label in ipairs(o.rows) do longest = math.max(longest, #tostring(label)) end
   local left, top = 34 + 7.5 * longest, 44
   local width, height = left + cw * #o.columns + 20, top + ch * #o.rows + 58
-  width = math.max(width, 8 * #(o.title or "") + 20)
+  width = math.max(width, left + 9 * #(o.title or "") + 8)
   local body = { text(left, 24, o.title or "", { size = 15, anchor = "start", extra = ' font-weight="600"' }) }
   for r, label in ipairs(o.rows) do
     body[#body + 1] = text(left - 8, top + ch * (r - 0.5) + 4, label, { anchor = "end" })
