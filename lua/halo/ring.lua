@@ -34,14 +34,13 @@ Ring.__index = Ring
 -- @tparam table o named arguments
 -- @tparam Comm o.comm the ranks that share a sequence
 -- @tparam[opt="flat"] string o.schedule one of `ring.schedules`
--- @tparam[opt] int o.inner ranks of the inner ring (hierarchical); must divide the ranks
+-- @tparam[opt] int o.inner ranks of the inner ring (hierarchical); must divide the ranks. Default: those
+--   of one machine
 -- @usage local r = ring.new { comm = comm.virtual(4), schedule = "hierarchical", inner = 2 }
 function M.new(o)
   o = args.named("ring.new", o, { comm = "table", schedule = { "string", "flat" }, inner = "int?" })
   local schedule = schedule_number("ring.new", o.schedule, 2)
-  if o.schedule == "hierarchical" and not o.inner then
-    errors.raise("usage", "ring.new: a hierarchical ring needs inner, the ranks of its inner ring", 2)
-  end
+  if o.schedule == "hierarchical" then o.inner = o.inner or o.comm:local_size() end
   local slot = ffi.new "halo_ring *[1]"
   check(C.halo_ring_new(slot, o.comm.handle, schedule, o.inner or 0), 2)
   -- The object keeps the communicator, and the tape keeps the ring's memory: freeing is a decrement.
