@@ -359,7 +359,7 @@ static void say_density(text *t, const halo_plan *p, int64_t batch, int64_t head
 static void say_head(text *t, const halo_plan *p, int64_t batch, int64_t head) {
   const halo__pattern *pattern = &p->patterns[p->pattern_of[batch * p->n_heads + head]];
   const halo__set *s = pattern->chosen;
-  say(t, "batch %lld, head %lld: ", (long long)batch, (long long)head);
+  say(t, "this head: "); /* which one, the caller counts from where it likes */
   say_density(t, p, batch, head);
   say(t, "  chosen: %lld of %lld diagonals", (long long)s->n_diagonals, (long long)s->n_blocks);
   if (s->n_diagonals)
@@ -386,7 +386,7 @@ int64_t halo_plan_explain(halo_plan *p, int64_t batch, int64_t head, char *out, 
     return t.length;
   }
   if (batch >= p->n_batch || head >= p->n_heads) {
-    say(&t, "no batch %lld, head %lld here\n", (long long)batch, (long long)head);
+    say(&t, "no such batch or head\n");
     return t.length;
   }
   double worker = 1, step = 1, critical = 1;

@@ -4,5 +4,7 @@ return {
   path = "dense",
   doc = "Every query sees every earlier key of its document.",
   fields = {},
+  is_static = true,
+  build = function(o) return o.new_plan():add_all():finish() end,
   example = "attention = dense { ring = gather { } }",
 }

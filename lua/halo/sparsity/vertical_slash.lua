@@ -13,5 +13,12 @@ return {
       { "window", kind.index, default = 100, doc = "distances below this, always seen (MTraining's code)" },
     }
   end,
+  build = function(o, words)
+    local keep = words.keep
+    return o.new_plan():select_vertical_slash {
+      q = o.q, k = o.k, ring = o.ring, scale = o.scale, probe = words.estimate.count,
+      verticals = keep.verticals, slashes = keep.slashes, mass = keep.type == "mass" and keep.share or 0,
+    }:force { sink = words.sink, window = words.window }:finish()
+  end,
   example = "attention = sparse.vertical_slash { keep = mass(0.90), dense = { layers = { 1, 2 } } }",
 }

@@ -9,5 +9,9 @@ return {
       { "sink", kind.index, default = 4, doc = "first tokens of a document, seen by all (the paper's 4)" },
     }
   end,
+  is_static = true,
+  build = function(o, words)
+    return o.new_plan():force { sink = words.sink, window = words.window }:finish()
+  end,
   example = "attention = window { window = 1024, sink = 4 }",
 }
