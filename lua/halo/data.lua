@@ -97,61 +97,158 @@ end
 local Corpus = {}
 Corpus.__index = Corpus
 
---- Open what a recipe's `data` names.
--- Text is packed into the cache when it is not there yet; every rank may call this at once (the cache is
--- written atomically), though it is kinder to let one go first.
--- @tparam table o
--- @tparam table o.spec the resolved `data` of a recipe: `{ type = "text"|"jsonl"|"tokens"|"needles"|"mix", ... }`
--- @tparam Tokenizer o.tokenizer
--- @tparam[opt=1] int o.seed of the held-out choice
--- @tparam[opt] string o.cache folder of packed text (default: see pack.prepare)
--- @tparam[opt] function o.log called with a line of text for each slow step
--- @treturn Corpus `sources`, `valid` (Tokens or nil), `mask`, `notes` (list of lines for people),
--- method `loader`
-function M.open(o)
-  o = args.named("data.open", o, { spec = "table", tokenizer = "table", seed = { "int", 1 },
-    cache = "string?", log = "callable?" })
-  local self = setmetatable({ sources = {}, notes = {}, mask = o.spec.mask or "document",
-    tokenizer = o.tokenizer }, Corpus)
-  local generated, valids, trains = {}, {}, {}
-  for _, part in ipairs(parts_of(o.spec)) do
-    local node, name = part.node, part.name
-    if node.type == "needles" then
-      generated[#generated + 1] = part
-    else
-      local holdout = node.holdout or o.spec.holdout or 0
-      local train, valid, note = hold_out(tokens_of(node, o), holdout, o.seed)
-      self.sources[name] = { tokens = train, weight = part.weight }
-      trains[#trains + 1] = train
-      if valid then valids[#valids + 1] = valid end
-      self.notes[#self.notes + 1] = ("%s: %s; %s"):format(name, tostring(train), note)
-    end
-  end
-  --- Held-out text of the first source that has some: what perplexity and needles are measured on.
-  self.valid = valids[1]
-  for _, part in ipairs(generated) do
+-- Text sources first: generators take their filler from them.
+local function open_text(self, parts, o)
+  local first
+  for _, part in ipairs(parts) do
     local node = part.node
-    local filler = node.filler and tokens_of(node.filler, o) or trains[1]
-    if not filler then
-      errors.raise("usage", "needles: no filler text; give `filler`, or another source in the mix", 0)
+    if node.type ~= "needles" then
+      local train, valid, note = hold_out(tokens_of(node, o), node.holdout or o.spec.holdout or 0, o.seed)
+      self.sources[part.name] = { tokens = train, weight = part.weight }
+      self.valid = self.valid or valid
+      first = first or train
+      self.notes[#self.notes + 1] = ("%s: %s; %s"):format(part.name, tostring(train), note)
     end
-    local source = needles.new { tokenizer = o.tokenizer, filler = filler, digits = node.digits,
-      needles = node.needles, length = node.length }
-    self.sources[part.name] = { generator = source:generator(), weight = part.weight }
-    self.notes[#self.notes + 1] = ("%s: %s"):format(part.name, tostring(source))
-    --- The needle generator of the recipe, for evaluation with the same settings.
-    self.needles = self.needles or source
   end
+  return first
+end
+
+local function open_needles(self, parts, first, o)
+  for _, part in ipairs(parts) do
+    local node = part.node
+    if node.type == "needles" then
+      local filler = node.filler and tokens_of(node.filler, o) or first
+      if not filler then
+        errors.raise("usage", "needles: no filler text; give `filler`, or another source in the mix", 0)
+      end
+      local settings = { tokenizer = o.tokenizer, filler = filler }
+      for _, name in ipairs { "digits", "needles", "length", "questions", "loss", "template" } do
+        settings[name] = node[name]
+      end
+      local source = needles.new(settings)
+      self.sources[part.name] = { generator = source:generator(), weight = part.weight }
+      self.needles = self.needles or source
+      self.notes[#self.notes + 1] = ("%s: %s"):format(part.name, tostring(source))
+    end
+  end
+end
+
+--- Open what a recipe's `data` names.
+-- Text is packed into the cache when it is not there yet. With a communicator rank 0 does that while the
+-- others wait.
+-- @tparam table spec the resolved `data` of a recipe: `{ type = "text"|"jsonl"|"tokens"|"needles"|"mix", ... }`
+-- @tparam table o
+-- @tparam Tokenizer o.tokenizer
+-- @tparam[opt=1] int o.seed of the order and of the held-out choice
+-- @tparam[opt] Comm o.comm all ranks that open this data
+-- @tparam[opt] string o.cache folder of packed text (default: see pack.cache_dir)
+-- @tparam[opt] function o.log called with a line of text for each slow step
+-- @treturn Corpus fields `sources`, `valid` (held-out Tokens or nil), `needles` (the recipe's generator or
+-- nil), `notes` (lines for people); methods below
+-- @usage local corpus = data.open({ type = "text", from = "books" }, { tokenizer = tok })
+function M.open(spec, o)
+  o = args.named("data.open", o, { tokenizer = "table", seed = { "int", 1 }, comm = "any?", cache = "string?",
+    log = "callable?" })
+  o.spec = spec
+  local self = setmetatable({ sources = {}, notes = {}, loaders = {}, mask = spec.mask or "document",
+    seed = o.seed, tokenizer = o.tokenizer }, Corpus)
+  local waits = o.comm and o.comm:size() > 1
+  if waits and o.comm:rank() > 0 then o.comm:barrier() end
+  local parts = parts_of(spec)
+  open_needles(self, parts, open_text(self, parts, o), o)
+  if waits and o.comm:rank() == 0 then o.comm:barrier() end
   return self
 end
 
---- A loader over the corpus.
--- @tparam table o `context`, `seed`, and optionally `stream`, `positions` as in data.loader
-function Corpus:loader(o)
-  local copy = {}
-  for key, value in pairs(o) do copy[key] = value end
-  copy.sources, copy.mask, copy.pad = self.sources, copy.mask or self.mask, self.tokenizer.pad
-  return loader.new(copy)
+--- The loader for a context length.
+function Corpus:loader(context)
+  if not self.loaders[context] then
+    self.loaders[context] = loader.new { sources = self.sources, context = context, seed = self.seed,
+      mask = self.mask, pad = self.tokenizer.pad or 0 }
+  end
+  return self.loaders[context]
+end
+
+--- A batch of training samples.
+-- @tparam table o `first` (sample index over the whole run), `batch` (sequences), `context`, and `layout`,
+-- `rank`, `here` as in loader:batch
+-- @treturn table see loader:batch
+function Corpus:batch(o)
+  o = args.named("data:batch", o, { first = "int", batch = "int", context = "int", layout = "table|cdata?",
+    rank = { "int", 0 }, here = { "int", 1 } })
+  return self:loader(o.context):batch { first = o.first, rows = o.batch, layout = o.layout, rank = o.rank,
+    here = o.here }
+end
+
+--- A batch of held-out text, windows in a fixed order; arguments as in `batch`, `first` from 0.
+-- @raise class data when nothing was held out
+function Corpus:validation_batch(o)
+  o = args.named("data:validation_batch", o, { first = { "int", 0 }, batch = { "int", 1 }, context = "int",
+    layout = "table|cdata?", rank = { "int", 0 }, here = { "int", 1 } })
+  if not self.valid then errors.raise("data", "data: nothing is held out for validation (holdout = 0)", 2) end
+  self.valid_loaders = self.valid_loaders or {}
+  local l = self.valid_loaders[o.context]
+  if not l then
+    l = loader.new { sources = { valid = { tokens = self.valid } }, context = o.context, seed = self.seed,
+      mask = self.mask, pad = self.tokenizer.pad or 0 }
+    self.valid_loaders[o.context] = l
+  end
+  return l:batch { first = o.first, rows = o.batch, layout = o.layout, rank = o.rank, here = o.here }
+end
+
+--- Held-out documents as Lua arrays of ids, for evaluation: those that have `tokens` tokens, in order,
+-- then the longest of the others; each cut to `tokens`.
+-- @tparam table o
+-- @tparam int o.tokens
+-- @tparam int o.max number of documents
+function Corpus:validation_documents(o)
+  o = args.named("data:validation_documents", o, { tokens = "int", max = "int" })
+  if not self.valid then errors.raise("data", "data: nothing is held out for validation (holdout = 0)", 2) end
+  local list = {}
+  for d = 0, self.valid.documents - 1 do
+    local first, n = self.valid:document(d)
+    list[#list + 1] = { first = first, n = math.min(n, o.tokens), index = d }
+  end
+  table.sort(list, function(a, b)
+    if a.n ~= b.n then return a.n > b.n end
+    return a.index < b.index
+  end)
+  local out = {}
+  for i = 1, math.min(o.max, #list) do
+    local ids, array = self.valid:read(list[i].first, list[i].n), {}
+    for k = 1, list[i].n do array[k] = ids[k - 1] end
+    out[i] = array
+  end
+  return out
+end
+
+--- A needle generator over held-out text with the recipe's settings, for evaluation; `o` overrides
+-- settings of needles.new.
+-- @usage local task = corpus:niah { digits = 4 }:task { context = 2048, depth = 30 }
+function Corpus:niah(o)
+  local settings = { tokenizer = self.tokenizer, filler = self.valid or (self.needles and self.needles.filler) }
+  if self.needles then
+    settings.digits, settings.template, settings.cities = self.needles.digits, self.needles.template,
+      self.needles.cities
+  end
+  for name, value in pairs(o or {}) do settings[name] = value end
+  if not settings.filler then
+    errors.raise("data", "data:niah: no filler text (nothing is held out); give `filler`", 2)
+  end
+  return needles.new(settings)
+end
+
+--- What a checkpoint keeps of the data: it is the same for every context and step.
+function Corpus:state()
+  local state = self:loader(1):state(0)
+  return { fingerprint = state.fingerprint, identity = state.identity }
+end
+
+--- Refuse to go on with data that is not what a saved state saw.
+-- @raise class data, saying what differs
+function Corpus:check_state(state)
+  if type(state) ~= "table" then errors.raise("data", "data:check_state: the state is malformed", 2) end
+  self:loader(1):resume { next = 0, fingerprint = state.fingerprint, identity = state.identity }
 end
 
 function Corpus:__tostring() return table.concat(self.notes, "\n") end

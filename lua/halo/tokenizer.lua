@@ -125,7 +125,7 @@ end
 --- Load a tokenizer from a folder.
 -- Looks for `tokenizer.json`, then `vocab.json` with `merges.txt`, then `tokenizer.model` (tiktoken's
 -- text form, Llama 3). `tokenizer_config.json` names special tokens and the family.
--- @tparam string dir the folder
+-- @tparam string dir the folder, or one of these files in it
 -- @tparam[opt] table o
 -- @tparam[opt] string o.kind "gpt2", "qwen2" or "llama3": overrides the family where the files do not
 -- name it
@@ -139,8 +139,9 @@ function M.load(dir, o)
     errors.raise("usage", ('tokenizer.load: no kind "%s"%s'):format(o.kind,
       args.did_you_mean(o.kind, { "gpt2", "qwen2", "llama3" })), 2)
   end
+  if fs.is_file(dir) then dir = fs.dirname(dir) end
   if not fs.is_dir(dir) then
-    errors.raise("data", ("tokenizer.load: %s is not a folder"):format(tostring(dir)), 2)
+    errors.raise("data", ("tokenizer.load: there is no folder %s"):format(tostring(dir)), 2)
   end
   local ok, result = pcall(function()
     local spec = files.read(dir, o.kind)

@@ -20,7 +20,7 @@ local errors = require "halo.errors"
 local ffi = require "ffi"
 local halo_ffi = require "halo.ffi"
 local random = require "halo.data.random"
-local tokens = require "halo.data.tokens"
+local tensor = require "halo.tensor"
 
 local C = halo_ffi.C
 
@@ -222,21 +222,19 @@ local function buffers(self, rows)
   return out
 end
 
--- Rows of samples first .. first+count-1; keeps rows `from`.. of `keep`, counts targets of all.
-local function read_rows(self, first, count, from, keep)
+-- Rows of samples first .. first+count-1, the number of targets in them, and their sources.
+local function read_rows(self, first, count)
   local n = self.context
-  local rows = buffers(self, keep + 1) -- one more: rows that are only counted
+  local rows = buffers(self, count)
   local flags = (self.mask == "document" and C.HALO_SAMPLE_DOCUMENTS or 0)
     + (self.positions == "restart" and C.HALO_SAMPLE_RESTART or 0)
   local targets, one, names = 0, ffi.new "int64_t[1]", {}
   local counts = counts_before(self, first)
   for r = 0, count - 1 do
-    local s = source_of(self, first + r)
+    local s, at = source_of(self, first + r), r * n
     self.sources[s]:fill(counts[s], self.into)
     counts[s] = counts[s] + 1
     names[r + 1] = self.names[s]
-    local kept = r - from
-    local at = (kept >= 0 and kept < keep and kept or keep) * n
     halo_ffi.call(C.halo_sample_finish, rows.ids + at, rows.labels + at, rows.positions + at,
       rows.documents + at, one, self.into.tokens, self.into.documents, self.into.loss, n, flags)
     targets = targets + tonumber(one[0])
@@ -244,10 +242,8 @@ local function read_rows(self, first, count, from, keep)
   return rows, targets, names
 end
 
-local function tensor(data, rows, n)
-  local out, shape = ffi.new "halo_tensor *[1]", ffi.new("int64_t[2]", rows, n)
-  halo_ffi.call(C.halo_tensor_from, out, C.HALO_I32, C.HALO_CPU, 2, shape, data)
-  return require("halo.tensor").own(out[0])
+local function to_tensor(memory, rows, n)
+  return tensor.from_pointer(memory, { shape = { rows, n }, dtype = "i32" })
 end
 
 -- Global tokens of `here` ranks from `rank` on, stacked.
@@ -261,55 +257,50 @@ local function layout_map(layout, rank, here)
 end
 
 --- A batch, cut for this process.
+-- With data parallelism every group of ranks asks for its own `first`: samples do not know who reads them.
 -- @tparam table o
--- @tparam int o.rows sequences of the global batch
--- @tparam[opt] int o.first its first sample (default: `loader.next`, which moves on by `rows`)
--- @tparam[opt=0] int o.take_from first of those rows that this process takes (data parallelism)
--- @tparam[opt] int o.take how many it takes (default: the rest)
--- @tparam[opt] cdata o.layout `halo_layout *`: gather this rank's tokens (default: rows as they are)
+-- @tparam int o.rows sequences, B
+-- @tparam[opt] int o.first first sample (default: `loader.next`, which moves on by `rows`)
+-- @tparam[opt] Layout o.layout gather these ranks' tokens (default: rows as they are)
 -- @tparam[opt=0] int o.rank first rank of the layout held by this process
--- @tparam[opt=1] int o.here ranks held by this process, stacked
--- @treturn table `ids`, `labels`, `positions` (tensors [take, T], i32), `documents` (int32_t memory
--- [take * N] in global order, nil with mask "none"), `targets` (of the global batch), `rows`, `taken`,
--- `context`, `first`, `sources` (name per row of the global batch)
+-- @tparam[opt=1] int o.here ranks held by this process, stacked in rank order
+-- @treturn table `ids`, `labels`, `positions` (tensors [B,T], i32), `documents` (int32_t memory [B*N] in
+-- global order; nil with mask "none"), `targets` (labels of whole rows, all ranks of the layout together),
+-- `rows`, `context`, `first`, `sources` (a name per row)
 -- @usage for step = 1, 100 do local batch = loader:batch { rows = 8 } end
 function Loader:batch(o)
-  o = args.named("loader:batch", o, { rows = "int", first = "int?", take_from = { "int", 0 }, take = "int?",
-    layout = "cdata?", rank = { "int", 0 }, here = { "int", 1 } })
-  local take = o.take or o.rows - o.take_from
-  if o.rows < 1 or o.take_from < 0 or take < 1 or o.take_from + take > o.rows then
-    errors.raise("usage", ("loader:batch: rows %d to %d of %d"):format(o.take_from, o.take_from + take - 1,
-      o.rows), 2)
-  end
-  local first = o.first
+  o = args.named("loader:batch", o, { rows = "int", first = "int?", layout = "table|cdata?", rank = { "int", 0 },
+    here = { "int", 1 } })
+  if o.rows < 1 then errors.raise("usage", ("loader:batch: rows is %d"):format(o.rows), 2) end
+  local first, n = o.first, self.context
   if not first then
     first = self.next
     self.next = first + o.rows
   end
-  local n = self.context
-  local rows, targets, names = read_rows(self, first, o.rows, o.take_from, take)
-  local batch = { first = first, rows = o.rows, taken = take, context = n, targets = targets, sources = names,
+  local rows, targets, names = read_rows(self, first, o.rows)
+  local batch = { first = first, rows = o.rows, context = n, targets = targets, sources = names,
     documents = self.mask == "document" and rows.documents or nil }
   if not o.layout then
-    for _, name in ipairs { "ids", "labels", "positions" } do batch[name] = tensor(rows[name], take, n) end
+    for _, name in ipairs { "ids", "labels", "positions" } do batch[name] = to_tensor(rows[name], o.rows, n) end
     return batch
   end
-  if tonumber(C.halo_layout_tokens(o.layout)) ~= n then
+  local layout = type(o.layout) == "table" and o.layout.handle or o.layout
+  if tonumber(C.halo_layout_tokens(layout)) ~= n then
     errors.raise("usage", ("loader:batch: the layout is for %d tokens, samples have %d"):format(
-      tonumber(C.halo_layout_tokens(o.layout)), n), 2)
+      tonumber(C.halo_layout_tokens(layout)), n), 2)
   end
-  local map, n_map = layout_map(o.layout, o.rank, o.here)
-  local part = ffi.new("int32_t[?]", take * n_map)
+  local map, n_map = layout_map(layout, o.rank, o.here)
+  local part = ffi.new("int32_t[?]", o.rows * n_map)
   for name, fill in pairs { ids = self.pad, labels = C.HALO_NO_TARGET, positions = 0 } do
-    halo_ffi.call(C.halo_rows_gather, part, rows[name], take, n, map, n_map, fill)
-    batch[name] = tensor(part, take, n_map)
+    halo_ffi.call(C.halo_rows_gather, part, rows[name], o.rows, n, map, n_map, fill)
+    batch[name] = to_tensor(part, o.rows, n_map)
   end
   return batch
 end
 
 ---- State and fingerprint ---------------------------------------------------------------------
 
--- What decides the samples, as a list of { what, value }.
+-- What decides the samples, as a list of { what, value }, all text.
 local function identity(self)
   local list = { { "seed", ("%.0f"):format(self.seed) }, { "stream", self.stream },
     { "context", ("%d"):format(self.context) }, { "mask", self.mask }, { "positions", self.positions },
@@ -321,22 +312,23 @@ local function identity(self)
   return list
 end
 
---- 16 hexadecimal digits that are equal when all samples are.
-function Loader:fingerprint()
+local function fingerprint(list)
   local h = C.halo_hash_bytes("", 0, 1)
-  for _, item in ipairs(identity(self)) do
+  for _, item in ipairs(list) do
     local line = item[1] .. "\0" .. item[2] .. "\0"
     h = C.halo_hash_bytes(line, #line, h)
   end
   return (bit.tohex(h, 16))
 end
 
---- What a checkpoint keeps: a table of strings and numbers.
+--- 16 hexadecimal digits that are equal when all samples are.
+function Loader:fingerprint() return fingerprint(identity(self)) end
+
+--- What a checkpoint keeps: a table of text and numbers.
 -- @tparam[opt] int next index of the next sample, default `loader.next`
 function Loader:state(next)
-  local list = {}
-  for i, item in ipairs(identity(self)) do list[i] = { item[1], item[2] } end
-  return { next = next or self.next, fingerprint = self:fingerprint(), identity = list }
+  local list = identity(self)
+  return { next = next or self.next, fingerprint = fingerprint(list), identity = list }
 end
 
 --- Go on from a saved state.
@@ -345,9 +337,10 @@ function Loader:resume(state)
   if type(state) ~= "table" or type(state.next) ~= "number" or type(state.fingerprint) ~= "string" then
     errors.raise("data", "loader:resume: the state is malformed", 2)
   end
-  if state.fingerprint ~= self:fingerprint() then
+  local list = identity(self)
+  if state.fingerprint ~= fingerprint(list) then
     local now, why = {}, {}
-    for _, item in ipairs(identity(self)) do now[item[1]] = item[2] end
+    for _, item in ipairs(list) do now[item[1]] = item[2] end
     for _, item in ipairs(type(state.identity) == "table" and state.identity or {}) do
       if now[item[1]] ~= item[2] then
         why[#why + 1] = ("%s was %s, is %s"):format(item[1], tostring(item[2]), now[item[1]] or "absent")
@@ -380,7 +373,7 @@ function Loader:audit(o)
     seen[i] = {}
   end
   for first = o.first, o.first + o.samples - 1 do
-    local rows, targets = read_rows(self, first, 1, 0, 1)
+    local rows, targets = read_rows(self, first, 1)
     report.targets = report.targets + targets
     local padded = self.mask == "document" and self.into.documents[self.context - 1] < 0
     report.documents = report.documents + rows.documents[self.context - 1] + (padded and 0 or 1)
@@ -419,7 +412,5 @@ M.Report = {
     return table.concat(lines, "\n")
   end,
 }
-
-M.is_tokens = tokens.is
 
 return M

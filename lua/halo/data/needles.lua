@@ -65,14 +65,24 @@ local function range_of(value, name, low)
   return lo, hi
 end
 
--- Tokens after which a sentence has ended: their text ends in . ! ? or a line break, maybe in quotes.
-local function sentence_ends(tok)
-  local ends = ffi.new("uint8_t[?]", tok.vocab_size)
+-- What a token says about sentences: LINE after a line break, STOP after . ! ? (maybe quoted), which ends
+-- one only if white space follows, BLANK when it begins with white space.
+local LINE, STOP, BLANK = 1, 2, 4
+
+local function marks_of(tok)
+  local marks = ffi.new("uint8_t[?]", tok.vocab_size)
   for id = 0, tok.vocab_size - 1 do
     local text = tok:token(id)
-    if text:find "[.!?][\"')%]]*%s*$" or text:find "\n%s*$" then ends[id] = 1 end
+    marks[id] = (text:find "\n%s*$" and LINE or 0) + (text:find "[.!?][\"')%]]*$" and STOP or 0)
+      + (text:find "^%s" and BLANK or 0)
   end
-  return ends
+  return marks
+end
+
+-- Whether a sentence ends between two neighbouring tokens.
+local function is_end(marks, left, right)
+  return bit.band(marks[left], LINE) ~= 0
+    or bit.band(marks[left], STOP) ~= 0 and bit.band(marks[right], BLANK) ~= 0
 end
 
 --- Make a generator.
@@ -116,7 +126,7 @@ function M.new(o)
   end
   o.filler:check_tokenizer(o.tokenizer)
   if o.filler.count < 2 then errors.raise("data", "needles: the filler is empty", 2) end
-  self.ends = sentence_ends(o.tokenizer)
+  self.marks = marks_of(o.tokenizer)
   return self
 end
 
@@ -157,9 +167,10 @@ local function read_filler(self, rng, n)
   local count = self.filler.count
   local ids = ffi.new("int32_t[?]", math.max(n, 1))
   local from = count > n and rng:int(0, count - n - 1) or 0
-  local before = self.filler:read(from, math.min(WALK, count - from))
-  for i = 0, math.min(WALK, count - from) - 2 do
-    if self.ends[before[i]] == 1 and from + i + 1 + n <= count then
+  local near = math.min(WALK, count - from)
+  local before = self.filler:read(from, near)
+  for i = 0, near - 2 do
+    if is_end(self.marks, before[i], before[i + 1]) and from + i + 1 + n <= count then
       from = from + i + 1
       break
     end
@@ -179,7 +190,7 @@ local function place(self, ids, n, depth)
   if at == n then return n end
   for back = 0, math.min(WALK, at) do
     local p = at - back
-    if p == 0 or self.ends[ids[p - 1]] == 1 then return p end
+    if p == 0 or is_end(self.marks, ids[p - 1], ids[p]) then return p end
   end
   return at
 end
