@@ -61,8 +61,8 @@ Generator.__index = Generator
 --- A source made by a function.
 -- `make(rng, length)` returns a list of documents that together have at most `length` tokens (longer ones
 -- are cut, the rest is padding); a document is `{ ids = array or int32_t memory, n = length of memory,
--- loss = nil or array or uint8_t memory of 0 and 1 }`, loss saying which of its tokens are targets. The
--- function must use no other source of chance than `rng` (data/random.lua).
+-- loss = nil or array or uint8_t memory of 0 to 255 }`, loss saying what each token weighs as a target (0: it
+-- is none; nil: all weigh 1). The function must use no other source of chance than `rng` (data/random.lua).
 -- @tparam table o
 -- @tparam function o.make
 -- @tparam string o.name what it is and every setting that changes what it makes: part of the fingerprint
@@ -216,10 +216,21 @@ local function buffers(self, rows)
       loss = ffi.new("uint8_t[?]", n + 1) }
   end
   local out = {}
-  for _, name in ipairs { "ids", "labels", "positions", "documents" } do
+  for _, name in ipairs { "ids", "labels", "positions", "documents", "weights" } do
     out[name] = ffi.new("int32_t[?]", rows * n)
   end
   return out
+end
+
+-- Weights of n labels from those of n+1 tokens, shifted as the labels are; whether one is above 1.
+local function weigh(weights, labels, loss, n)
+  local is_weighted = false
+  for i = 0, n - 1 do
+    local w = labels[i] == C.HALO_NO_TARGET and 0 or loss[i + 1]
+    weights[i] = w
+    is_weighted = is_weighted or w > 1
+  end
+  return is_weighted
 end
 
 -- Rows of samples first .. first+count-1, the number of targets in them, and their sources.
@@ -229,7 +240,7 @@ local function read_rows(self, first, count)
   local flags = (self.mask == "document" and C.HALO_SAMPLE_DOCUMENTS or 0)
     + (self.positions == "restart" and C.HALO_SAMPLE_RESTART or 0)
   local targets, one, names = 0, ffi.new "int64_t[1]", {}
-  local counts = counts_before(self, first)
+  local counts, is_weighted = counts_before(self, first), false
   for r = 0, count - 1 do
     local s, at = source_of(self, first + r), r * n
     self.sources[s]:fill(counts[s], self.into)
@@ -238,7 +249,9 @@ local function read_rows(self, first, count)
     halo_ffi.call(C.halo_sample_finish, rows.ids + at, rows.labels + at, rows.positions + at,
       rows.documents + at, one, self.into.tokens, self.into.documents, self.into.loss, n, flags)
     targets = targets + tonumber(one[0])
+    is_weighted = weigh(rows.weights + at, rows.labels + at, self.into.loss, n) or is_weighted
   end
+  if not is_weighted then rows.weights = nil end
   return rows, targets, names
 end
 
@@ -265,8 +278,8 @@ end
 -- @tparam[opt=0] int o.rank first rank of the layout held by this process
 -- @tparam[opt=1] int o.here ranks held by this process, stacked in rank order
 -- @treturn table `ids`, `labels`, `positions` (tensors [B,T], i32), `documents` (int32_t memory [B*N] in
--- global order; nil with mask "none"), `targets` (labels of whole rows, all ranks of the layout together),
--- `rows`, `context`, `first`, `sources` (a name per row)
+-- global order; nil with mask "none"), `weights` (tensor [B,T], f32, what each label counts; nil when all
+-- count 1), `targets` (labels of whole rows, all ranks of the layout together), `rows`, `context`, `first`, `sources` (a name per row)
 -- @usage for step = 1, 100 do local batch = loader:batch { rows = 8 } end
 function Loader:batch(o)
   o = args.named("loader:batch", o, { rows = "int", first = "int?", layout = "table|cdata?", rank = { "int", 0 },
@@ -282,6 +295,7 @@ function Loader:batch(o)
     documents = self.mask == "document" and rows.documents or nil }
   if not o.layout then
     for _, name in ipairs { "ids", "labels", "positions" } do batch[name] = to_tensor(rows[name], o.rows, n) end
+    if rows.weights then batch.weights = to_tensor(rows.weights, o.rows, n):cast "f32" end
     return batch
   end
   local layout = type(o.layout) == "table" and o.layout.handle or o.layout
@@ -291,10 +305,13 @@ function Loader:batch(o)
   end
   local map, n_map = layout_map(layout, o.rank, o.here)
   local part = ffi.new("int32_t[?]", o.rows * n_map)
-  for name, fill in pairs { ids = self.pad, labels = C.HALO_NO_TARGET, positions = 0 } do
+  local function gathered(name, fill)
     halo_ffi.call(C.halo_rows_gather, part, rows[name], o.rows, n, map, n_map, fill)
-    batch[name] = to_tensor(part, o.rows, n_map)
+    return to_tensor(part, o.rows, n_map)
   end
+  batch.ids, batch.labels = gathered("ids", self.pad), gathered("labels", C.HALO_NO_TARGET)
+  batch.positions = gathered("positions", 0)
+  if rows.weights then batch.weights = gathered("weights", 0):cast "f32" end
   return batch
 end
 

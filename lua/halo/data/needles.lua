@@ -1,19 +1,29 @@
---- Needles: documents that hide numbers in filler text and ask for them at the end.
--- One generator makes training documents (with a loss mask) and evaluation tasks (a prompt and the
--- answer wanted), so a model is tested on what it was trained on, at lengths and depths it was not.
--- The task is the digits variant of needle-in-a-haystack that MInference uses ("the special magic CITY
--- number", 7 digits, scored by finding the digits in the response; reference: microsoft/MInference
--- experiments/needle_in_a_haystack). Wording and cities here are our own.
+--- Needles: documents that hide numbers in filler text and ask for them.
+-- One generator makes training documents (each token with a weight in the loss) and evaluation tasks (a
+-- prompt and the answer wanted), in the same words, so a model is tested on what it was trained on, at
+-- lengths and depths it was not. The task is the digits variant of needle-in-a-haystack that MInference
+-- uses ("the special magic CITY number", 7 digits, scored by finding the digits in the response;
+-- reference: microsoft/MInference experiments/needle_in_a_haystack). Wording and cities here are our own.
 --
---    filler filler. The special magic Oslo number is 4820175. filler filler filler ... filler
---    Question: What is the special magic Oslo number?
---    Answer: The special magic Oslo number is 4820175.
---                                            ^^^^^^^^ the only targets, with loss = "answers"
+--    <start>filler filler. The special magic Oslo number is 4820175. filler filler
+--    filler. What is the special magic Oslo number? The special magic Oslo number is 4820175.
+--    filler filler filler ... filler
+--    filler. What is the special magic Oslo number? The special magic Oslo number is 4820175.
+--
+--    weight   text_weight     filler and wording                       1 in the tiny recipe
+--             0               digits of the needle itself: nobody can predict them
+--             answer_weight   digits of an answer                      5 to 100 there
+--
+-- Of the questions the last stands at the very end, as in the evaluation; each other one with the
+-- probability `inside` somewhere behind its needle, else also at the end. Questions at many distances are
+-- what makes the look-up learnable in the first place: a step with one answer at one distance has little
+-- to go by. Answers weigh more the longer the document, for seven digits among 8K tokens of text would
+-- otherwise be 0.1 % of the loss.
 --
 -- A needle goes to the token at `depth` percent of the filler and then back to the end of a sentence,
 -- as the original does. The original walks until it meets a token that is "." alone and may walk far
--- where "." is merged with what follows; here any token that ends a sentence counts, the walk is bounded,
--- and the place it came to is reported.
+-- where "." is merged with what follows; here any token that ends a sentence or a line counts, the walk is
+-- bounded, and the place it came to is reported.
 local args = require "halo.args"
 local errors = require "halo.errors"
 local ffi = require "ffi"
@@ -21,7 +31,7 @@ local random = require "halo.data.random"
 
 local M = {}
 
-local VERSION = 1 -- part of fingerprints: raise it when the same settings make other documents
+local VERSION = 2 -- part of fingerprints: raise it when the same settings make other documents
 local WALK = 256 -- tokens a needle may move back to a sentence's end
 
 --- Cities, all different, in one word or two; a key of the needle.
@@ -42,13 +52,13 @@ M.cities = {
 --- Wordings. `{city}` and `{number}` are replaced; the question must end where the answer begins.
 M.templates = {
   magic = {
+    needle = " The special magic {city} number is {number}.",
+    question = " What is the special magic {city} number? The special magic {city} number is",
+    answer = " {number}.",
+  },
+  lines = {
     needle = "\nThe special magic {city} number is {number}.\n",
     question = "\nQuestion: What is the special magic {city} number?\nAnswer: The special magic {city} number is",
-    answer = " {number}.\n",
-  },
-  short = {
-    needle = "\nThe special magic {city} number is {number}.\n",
-    question = "\nThe special magic {city} number is",
     answer = " {number}.\n",
   },
 }
@@ -65,16 +75,16 @@ local function range_of(value, name, low)
   return lo, hi
 end
 
--- What a token says about sentences: LINE after a line break, STOP after . ! ? (maybe quoted), which ends
--- one only if white space follows, BLANK when it begins with white space.
-local LINE, STOP, BLANK = 1, 2, 4
+-- What a token says: LINE after a line break, STOP after . ! ? (maybe quoted), which ends a sentence only
+-- if white space follows, BLANK when it begins with white space, DIGIT when a digit is in it.
+local LINE, STOP, BLANK, DIGIT = 1, 2, 4, 8
 
 local function marks_of(tok)
   local marks = ffi.new("uint8_t[?]", tok.vocab_size)
   for id = 0, tok.vocab_size - 1 do
     local text = tok:token(id)
     marks[id] = (text:find "\n%s*$" and LINE or 0) + (text:find "[.!?][\"')%]]*$" and STOP or 0)
-      + (text:find "^%s" and BLANK or 0)
+      + (text:find "^%s" and BLANK or 0) + (text:find "%d" and DIGIT or 0)
   end
   return marks
 end
@@ -92,22 +102,29 @@ end
 -- @tparam[opt=7] int o.digits of a number (MInference), 1 to 15
 -- @tparam[opt=1] int|table o.needles per document, or `{ from, to }` drawn per document
 -- @tparam[opt] int|table o.length tokens of a training document, or `{ from, to }` (default: all of a sample)
--- @tparam[opt="all"] int|string o.questions how many of a training document's needles are asked for
--- @tparam[opt="answers"] string o.loss "answers": only answers are targets; "all": every token is
+-- @tparam[opt="all"] int|table|string o.questions per training document, or `{ from, to }`: the first asks
+--   for the first needle and so on, more than there are needles for one of them again; "all": each once.
+--   A document too short for what was drawn gets what fits, one needle and one question at least.
+-- @tparam[opt=0] number o.inside share of the questions but the last that stand inside the document
+-- @tparam[opt=0] int o.text_weight of filler and wording in the loss, 0 (no targets) to 255
+-- @tparam[opt=1] int o.answer_weight of the digits of answers, 1 to 255
 -- @tparam[opt="magic"] string|table o.template a name of `needles.templates`, or `{ needle, question, answer }`
 -- @tparam[opt] table o.cities default `needles.cities`
 -- @usage local n = data.needles.new { tokenizer = tok, filler = text, digits = 4, needles = { 1, 4 } }
 function M.new(o)
   o = args.named("needles.new", o, { tokenizer = "table", filler = "table", digits = { "int", 7 },
-    needles = { "int|table", 1 }, length = "int|table?", questions = { "int|string", "all" },
-    loss = { "string", "answers" }, template = { "string|table", "magic" }, cities = { "table", M.cities } })
-  if o.digits < 1 or o.digits > 15 then errors.raise("usage", "needles: digits must be 1 to 15", 2) end
-  if o.loss ~= "answers" and o.loss ~= "all" then
-    errors.raise("usage", ('needles: loss = "%s"%s'):format(o.loss, args.did_you_mean(o.loss, { "answers", "all" })), 2)
+    needles = { "int|table", 1 }, length = "int|table?", questions = { "int|table|string", "all" },
+    inside = { "number", 0 }, text_weight = { "int", 0 }, answer_weight = { "int", 1 },
+    template = { "string|table", "magic" }, cities = { "table", M.cities } })
+  local function within(name, low, high)
+    if not (o[name] >= low and o[name] <= high) then
+      errors.raise("usage", ("needles: %s is %g, wanted %g to %g"):format(name, o[name], low, high), 3)
+    end
   end
-  if type(o.questions) == "string" and o.questions ~= "all" then
-    errors.raise("usage", 'needles: questions must be a number or "all"', 2)
-  end
+  within("digits", 1, 15)
+  within("inside", 0, 1)
+  within("text_weight", 0, 255)
+  within("answer_weight", 1, 255)
   local template = o.template
   if type(template) == "string" then
     template = M.templates[o.template]
@@ -117,9 +134,15 @@ function M.new(o)
     end
   end
   template = args.named("needles: template", template, { needle = "string", question = "string", answer = "string" })
-  local self = setmetatable({ tokenizer = o.tokenizer, filler = o.filler, digits = o.digits, loss = o.loss,
-    template = template, cities = o.cities, questions = o.questions }, Needles)
+  local self = setmetatable({ tokenizer = o.tokenizer, filler = o.filler, digits = o.digits, inside = o.inside,
+    text_weight = o.text_weight, answer_weight = o.answer_weight, template = template, cities = o.cities }, Needles)
   self.least, self.most = range_of(o.needles, "needles", 1)
+  if o.questions ~= "all" then
+    if type(o.questions) == "string" then
+      errors.raise("usage", 'needles: questions must be a number, { from, to } or "all"', 2)
+    end
+    self.fewest, self.many = range_of(o.questions, "questions", 1)
+  end
   if o.length then self.shortest, self.longest = range_of(o.length, "length", 2) end
   if self.most > #self.cities then
     errors.raise("usage", ("needles: %d needles, but only %d cities"):format(self.most, #self.cities), 2)
@@ -127,6 +150,9 @@ function M.new(o)
   o.filler:check_tokenizer(o.tokenizer)
   if o.filler.count < 2 then errors.raise("data", "needles: the filler is empty", 2) end
   self.marks = marks_of(o.tokenizer)
+  -- What a document begins with: the first token takes the attention of whoever looks for nothing.
+  local start = o.tokenizer.bos or o.tokenizer.document_end
+  self.start = { ids = ffi.new("int32_t[1]", start or 0), n = start and 1 or 0, weight = o.text_weight }
   return self
 end
 
@@ -134,30 +160,47 @@ local function fill_in(text, city, number)
   return (text:gsub("{(%w+)}", { city = city, number = number }))
 end
 
+-- Parts (ids, n, weight: a number, or memory of n) to one piece.
 local function concat(parts)
   local n = 0
   for _, p in ipairs(parts) do n = n + p.n end
-  local ids, loss, at = ffi.new("int32_t[?]", math.max(n, 1)), ffi.new("uint8_t[?]", math.max(n, 1)), 0
+  local ids, weight, at = ffi.new("int32_t[?]", math.max(n, 1)), ffi.new("uint8_t[?]", math.max(n, 1)), 0
   for _, p in ipairs(parts) do
     ffi.copy(ids + at, p.ids, p.n * 4)
-    ffi.fill(loss + at, p.n, p.loss)
+    if type(p.weight) == "number" then
+      ffi.fill(weight + at, p.n, p.weight)
+    else
+      ffi.copy(weight + at, p.weight, p.n)
+    end
     at = at + p.n
   end
-  return ids, n, loss
+  return ids, n, weight
 end
 
--- Needles of one document: city, number, and their three texts encoded.
+-- One of a needle's texts, encoded; tokens with a digit in them weigh `digits`, the others `rest`.
+local function part_of(self, text, rest, digits)
+  local ids, n = self.tokenizer:encode_buffer(text)
+  local weight = ffi.new("uint8_t[?]", math.max(n, 1))
+  for i = 0, n - 1 do weight[i] = bit.band(self.marks[ids[i]], DIGIT) ~= 0 and digits or rest end
+  return { ids = ids, n = n, weight = weight }
+end
+
+-- Needles of one document: city, number, and their three texts.
 local function draw_needles(self, rng, n)
   local list = {}
   for i, city in ipairs(rng:sample(self.cities, n)) do
     local low = self.digits == 1 and 0 or 10 ^ (self.digits - 1)
     local number = ("%d"):format(rng:int(low, 10 ^ self.digits - 1))
-    local needle = { city = city, number = number }
-    for _, part in ipairs { "needle", "question", "answer" } do
-      local ids, count = self.tokenizer:encode_buffer(fill_in(self.template[part], city, number))
-      needle[part] = { ids = ids, n = count }
+    local function part(name, rest, digits)
+      return part_of(self, fill_in(self.template[name], city, number), rest, digits)
     end
-    list[i] = needle
+    list[i] = {
+      city = city, number = number,
+      needle = part("needle", self.text_weight, 0),
+      question = part("question", self.text_weight, self.text_weight),
+      -- what is around the number belongs to the answer: it is said again and again
+      answer = part("answer", math.max(self.text_weight, 1), self.answer_weight),
+    }
   end
   return list
 end
@@ -184,10 +227,9 @@ local function read_filler(self, rng, n)
   return ids
 end
 
--- The token before which a needle of this depth goes: back to a sentence's end, no further than WALK.
-local function place(self, ids, n, depth)
-  local at = math.min(n, math.floor(n * depth / 100))
-  if at == n then return n end
+-- The place for a needle near token `at` of n: back to a sentence's end, no further than WALK.
+local function place(self, ids, n, at)
+  if at >= n then return n end
   for back = 0, math.min(WALK, at) do
     local p = at - back
     if p == 0 or is_end(self.marks, ids[p - 1], ids[p]) then return p end
@@ -195,68 +237,94 @@ local function place(self, ids, n, depth)
   return at
 end
 
--- Filler with the needles put in at their depths: list of parts, and per needle the realised percent.
-local function lay_out(self, filler, n, list)
-  for _, needle in ipairs(list) do needle.at = place(self, filler, n, needle.depth) end
-  local order = {}
-  for i, needle in ipairs(list) do order[i] = needle end
-  table.sort(order, function(a, b)
-    if a.at ~= b.at then return a.at < b.at end
-    return a.city < b.city
-  end)
-  local plain = self.loss == "all" and 1 or 0
-  local parts, done, position = {}, 0, 0
-  for _, needle in ipairs(order) do
-    parts[#parts + 1] = { ids = filler + done, n = needle.at - done, loss = plain }
-    parts[#parts + 1] = { ids = needle.needle.ids, n = needle.needle.n, loss = plain }
-    position = position + needle.at - done
-    needle.position, needle.realised = position, n > 0 and 100 * needle.at / n or 0
-    position, done = position + needle.needle.n, needle.at
-  end
-  parts[#parts + 1] = { ids = filler + done, n = n - done, loss = plain }
-  return parts
-end
-
-local function tokens_in(list, part)
+local function tokens_in(list, ...)
   local n = 0
-  for _, needle in ipairs(list) do n = n + needle[part].n end
+  for _, needle in ipairs(list) do
+    for _, part in ipairs { ... } do n = n + needle[part].n end
+  end
   return n
 end
 
---- One training document of exactly `length` tokens, or nil if needles and questions leave no room.
--- @tparam Random rng
--- @tparam int length
--- @treturn table|nil `ids`, `n`, `loss`, and `needles` (each `city`, `number`, `depth`, `position`, `realised`)
-function Needles:document(rng, length)
-  local list = draw_needles(self, rng, rng:int(self.least, self.most))
-  local asked = rng:sample(list, self.questions == "all" and #list or math.min(self.questions, #list))
-  local room = length - tokens_in(list, "needle") - tokens_in(asked, "question") - tokens_in(asked, "answer")
-  if room < 0 then return nil end
-  for _, needle in ipairs(list) do needle.depth = 100 * rng:uniform() end
-  local parts = lay_out(self, read_filler(self, rng, room), room, list)
-  for _, needle in ipairs(asked) do
-    parts[#parts + 1] = { ids = needle.question.ids, n = needle.question.n, loss = self.loss == "all" and 1 or 0 }
-    parts[#parts + 1] = { ids = needle.answer.ids, n = needle.answer.n, loss = 1 }
+-- Put things into filler. events: list of { at (token of the filler), order (among those of one place),
+-- parts (names), needle }. Needles learn their `position` in the whole and the percent `realised`.
+local function lay_out(self, filler, n, events)
+  table.sort(events, function(a, b)
+    if a.at ~= b.at then return a.at < b.at end
+    return a.order < b.order
+  end)
+  local parts, done, position = { self.start }, 0, self.start.n
+  for _, event in ipairs(events) do
+    parts[#parts + 1] = { ids = filler + done, n = event.at - done, weight = self.text_weight }
+    position, done = position + event.at - done, event.at
+    for _, name in ipairs(event.parts) do
+      if name == "needle" then
+        event.needle.position, event.needle.realised = position, n > 0 and 100 * event.at / n or 0
+      end
+      parts[#parts + 1] = event.needle[name]
+      position = position + event.needle[name].n
+    end
   end
-  local ids, n, loss = concat(parts)
-  return { ids = ids, n = n, loss = loss, needles = list, asked = asked }
+  parts[#parts + 1] = { ids = filler + done, n = n - done, weight = self.text_weight }
+  return parts
 end
 
---- A generated source for data.loader.
+local asking = { "question", "answer" }
+
+-- Needles and the needle of each question, as many as `length` tokens hold; nil if not even one does.
+local function draw_task(self, rng, length)
+  local list = draw_needles(self, rng, rng:int(self.least, self.most))
+  local asked = {}
+  for q = 1, self.many and rng:int(self.fewest, self.many) or #list do asked[q] = list[q] or rng:choice(list) end
+  while true do
+    local room = length - self.start.n - tokens_in(list, "needle") - tokens_in(asked, "question", "answer")
+    if room >= 0 then return list, asked, room end
+    if #asked > 1 then
+      asked[#asked] = nil
+    elseif #list > 1 then
+      list[#list] = nil
+    else
+      return nil
+    end
+  end
+end
+
+--- One training document of exactly `length` tokens, or nil if needle and question leave no room.
+-- @tparam Random rng
+-- @tparam int length
+-- @treturn table|nil `ids`, `n`, `loss` (weights), `needles` (each `city`, `number`, `position`,
+-- `realised`), `asked` (the needle of each question)
+function Needles:document(rng, length)
+  local list, asked, room = draw_task(self, rng, length)
+  if not list then return nil end
+  local filler, events = read_filler(self, rng, room), {}
+  for i, needle in ipairs(list) do
+    needle.at = place(self, filler, room, math.floor(rng:uniform() * (room + 1)))
+    events[i] = { at = needle.at, order = i, needle = needle, parts = { "needle" } }
+  end
+  for q, needle in ipairs(asked) do
+    local at = room
+    if q < #asked and rng:uniform() < self.inside then
+      at = math.max(needle.at, place(self, filler, room, rng:int(needle.at, room)))
+    end
+    -- the last question comes last of all
+    events[#events + 1] = { at = at, order = #list + q, needle = needle, parts = asking }
+  end
+  local ids, n, weight = concat(lay_out(self, filler, room, events))
+  return { ids = ids, n = n, loss = weight, needles = list, asked = asked }
+end
+
+--- A generated source for data.loader: documents one after the other. What would be left at the end and
+-- is shorter than the shortest belongs to the document before it.
 function Needles:generator()
   local function make(rng, length)
     local documents, left = {}, length
     while left > 0 do
       local want = self.shortest and math.min(left, rng:int(self.shortest, self.longest)) or left
+      if self.shortest and left - want < self.shortest then want = left end
       local d = self:document(rng, want)
       if not d then
-        if #documents == 0 then
-          errors.raise("usage", ("needles: %d needles and their questions do not fit %d tokens"):format(
-            self.most, want), 0)
-        end
-        -- what is left is too short for a task: plain filler, no targets unless all tokens are
-        d = { ids = read_filler(self, rng, left), n = left, loss = ffi.new("uint8_t[?]", left,
-          self.loss == "all" and 1 or 0) }
+        errors.raise("usage", ("needles: a needle of %d digits and its question do not fit %d tokens"):format(
+          self.digits, want), 0)
       end
       documents[#documents + 1] = d
       left = left - d.n
@@ -289,16 +357,19 @@ function Needles:task(o)
   local rng = random.new(random.derive(o.seed, purpose))
   local list = draw_needles(self, rng, o.needles)
   local asked = list[1]
-  local room = o.context - tokens_in(list, "needle") - asked.question.n - asked.answer.n
+  local room = o.context - self.start.n - tokens_in(list, "needle") - asked.question.n - asked.answer.n
   if room < 0 then
     errors.raise("usage", ("needles:task: needles and question have %d tokens, the context %d"):format(
       o.context - room, o.context), 2)
   end
-  asked.depth = o.depth
-  for i = 2, #list do list[i].depth = 100 * rng:uniform() end
-  local parts = lay_out(self, read_filler(self, rng, room), room, list)
-  parts[#parts + 1] = { ids = asked.question.ids, n = asked.question.n, loss = 0 }
-  local prompt, n = concat(parts)
+  local filler, events = read_filler(self, rng, room), {}
+  for i, needle in ipairs(list) do
+    local depth = i == 1 and o.depth or 100 * rng:uniform()
+    events[i] = { at = place(self, filler, room, math.floor(room * depth / 100)), order = i, needle = needle,
+      parts = { "needle" } }
+  end
+  events[#events + 1] = { at = room, order = #list + 1, needle = asked, parts = { "question" } }
+  local prompt, n = concat(lay_out(self, filler, room, events))
   return { prompt = prompt, n = n, answer = asked.number, answer_ids = asked.answer.ids, answer_n = asked.answer.n,
     city = asked.city, context = o.context, depth = o.depth, realised = asked.realised, position = asked.position }
 end
@@ -308,16 +379,18 @@ function M.correct(task, response) return response:find(task.answer, 1, true) ~=
 
 --- Everything that decides the documents, for fingerprints.
 function Needles:describe()
-  return ("needles v%d %s %d digits, %d to %d, length %s to %s, questions %s, loss %s, %s, %s, filler %s, tokenizer %s")
-    :format(VERSION, table.concat({ self.template.needle, self.template.question, self.template.answer }, "|"),
-    self.digits, self.least, self.most, tostring(self.shortest), tostring(self.longest), tostring(self.questions),
-    self.loss, table.concat(self.cities, ","), "walk " .. WALK, self.filler:hash(), self.tokenizer:hash())
+  return ("needles v%d %s %d digits, %d to %d, length %s to %s, questions %s to %s, inside %.17g, weights %d %d, "
+    .. "%s, walk %d, start %d, filler %s, tokenizer %s"):format(VERSION,
+    table.concat({ self.template.needle, self.template.question, self.template.answer }, "|"), self.digits,
+    self.least, self.most, tostring(self.shortest), tostring(self.longest), tostring(self.fewest),
+    tostring(self.many), self.inside, self.text_weight, self.answer_weight, table.concat(self.cities, ","), WALK,
+    self.start.n > 0 and self.start.ids[0] or -1, self.filler:hash(), self.tokenizer:hash())
 end
 
 function Needles:__tostring()
-  return ("needles of %d digits, %s per document, answers %s"):format(self.digits,
-    self.least == self.most and self.least or self.least .. " to " .. self.most,
-    self.loss == "all" and "and text are targets" or "are the only targets")
+  return ("needles of %d digits, %s per document, answers weigh %d, text %d"):format(self.digits,
+    self.least == self.most and self.least or self.least .. " to " .. self.most, self.answer_weight,
+    self.text_weight)
 end
 
 return M
