@@ -16,6 +16,7 @@
 -- What a run reads is a pure function of (seed, sample index): see core/sample.c and data/loader.lua.
 local args = require "halo.args"
 local errors = require "halo.errors"
+local json = require "halo.json"
 local loader = require "halo.data.loader"
 local needles = require "halo.data.needles"
 local pack = require "halo.data.pack"
@@ -97,40 +98,57 @@ end
 local Corpus = {}
 Corpus.__index = Corpus
 
--- Text sources first: generators take their filler from them.
-local function open_text(self, parts, o)
-  local first
-  for _, part in ipairs(parts) do
-    local node = part.node
-    if node.type ~= "needles" then
-      local train, valid, note = hold_out(tokens_of(node, o), node.holdout or o.spec.holdout or 0, o.seed)
-      self.sources[part.name] = { tokens = train, weight = part.weight }
-      self.valid = self.valid or valid
-      first = first or train
-      self.notes[#self.notes + 1] = ("%s: %s; %s"):format(part.name, tostring(train), note)
-    end
+-- Training and held-out tokens of a text node; the same node again is the same tokens.
+local function open_text(self, name, node, o)
+  local key = json.encode { node, o.spec.holdout or false }
+  local text = self.texts[key]
+  if not text then
+    local train, valid, note = hold_out(tokens_of(node, o), node.holdout or o.spec.holdout or 0, o.seed)
+    text = { train = train, valid = valid }
+    self.texts[key] = text
+    self.notes[#self.notes + 1] = ("%s: %s; %s"):format(name, tostring(train), note)
   end
-  return first
+  self.valid = self.valid or text.valid
+  return text.train
 end
 
-local function open_needles(self, parts, first, o)
+local function open_needles(self, part, first, o)
+  local node = part.node
+  local filler = node.filler and tokens_of(node.filler, o) or first
+  if not filler then
+    errors.raise("usage", "needles: no filler text; give `filler`, or another source in the mix", 0)
+  end
+  local settings = { tokenizer = o.tokenizer, filler = filler }
+  for _, name in ipairs { "digits", "needles", "length", "questions", "inside", "text_weight", "answer_weight",
+    "template" } do
+    settings[name] = node[name]
+  end
+  local source = needles.new(settings)
+  self.needles = self.needles or source
+  self.notes[#self.notes + 1] = ("%s: %s"):format(part.name, tostring(source))
+  return source:generator()
+end
+
+-- Sources of a loader. Texts come first: generators take their filler from them, also from one that is
+-- never drawn itself (weight 0).
+local function open_sources(self, spec, o)
+  local parts, sources, first = parts_of(spec), {}, nil
+  local function add(part, source)
+    source.weight = part.weight
+    if part.weight > 0 then sources[part.name] = source end
+  end
   for _, part in ipairs(parts) do
-    local node = part.node
-    if node.type == "needles" then
-      local filler = node.filler and tokens_of(node.filler, o) or first
-      if not filler then
-        errors.raise("usage", "needles: no filler text; give `filler`, or another source in the mix", 0)
-      end
-      local settings = { tokenizer = o.tokenizer, filler = filler }
-      for _, name in ipairs { "digits", "needles", "length", "questions", "loss", "template" } do
-        settings[name] = node[name]
-      end
-      local source = needles.new(settings)
-      self.sources[part.name] = { generator = source:generator(), weight = part.weight }
-      self.needles = self.needles or source
-      self.notes[#self.notes + 1] = ("%s: %s"):format(part.name, tostring(source))
+    if part.node.type ~= "needles" then
+      local train = open_text(self, part.name, part.node, o)
+      first = first or train
+      add(part, { tokens = train })
     end
   end
+  for _, part in ipairs(parts) do
+    if part.node.type == "needles" then add(part, { generator = open_needles(self, part, first, o) }) end
+  end
+  if next(sources) == nil then errors.raise("usage", "data: all weights are 0", 0) end
+  return sources
 end
 
 --- Open what a recipe's `data` names.
@@ -140,6 +158,7 @@ end
 -- @tparam table o
 -- @tparam Tokenizer o.tokenizer
 -- @tparam[opt=1] int o.seed of the order and of the held-out choice
+-- @tparam[opt] table o.stages resolved stages of the recipe; those with a `data` of their own read that
 -- @tparam[opt] Comm o.comm all ranks that open this data
 -- @tparam[opt] string o.cache folder of packed text (default: see pack.cache_dir)
 -- @tparam[opt] function o.log called with a line of text for each slow step
@@ -147,36 +166,46 @@ end
 -- nil), `notes` (lines for people); methods below
 -- @usage local corpus = data.open({ type = "text", from = "books" }, { tokenizer = tok })
 function M.open(spec, o)
-  o = args.named("data.open", o, { tokenizer = "table", seed = { "int", 1 }, comm = "any?", cache = "string?",
-    log = "callable?" })
+  o = args.named("data.open", o, { tokenizer = "table", seed = { "int", 1 }, stages = { "table", {} }, comm = "any?",
+    cache = "string?", log = "callable?" })
   o.spec = spec
-  local self = setmetatable({ sources = {}, notes = {}, loaders = {}, mask = spec.mask or "document",
+  local self = setmetatable({ notes = {}, texts = {}, of_stage = {}, loaders = {}, mask = spec.mask or "document",
     seed = o.seed, tokenizer = o.tokenizer }, Corpus)
   local waits = o.comm and o.comm:size() > 1
   if waits and o.comm:rank() > 0 then o.comm:barrier() end
-  local parts = parts_of(spec)
-  open_needles(self, parts, open_text(self, parts, o), o)
+  self.sources = open_sources(self, spec, o)
+  for i, stage in ipairs(o.stages) do
+    if stage.data then
+      o.spec = stage.data
+      self.of_stage[i] = { sources = open_sources(self, stage.data, o), mask = stage.data.mask or "document" }
+    end
+  end
   if waits and o.comm:rank() == 0 then o.comm:barrier() end
   return self
 end
 
 --- The loader for a context length.
-function Corpus:loader(context)
-  if not self.loaders[context] then
-    self.loaders[context] = loader.new { sources = self.sources, context = context, seed = self.seed,
-      mask = self.mask, pad = self.tokenizer.pad or 0 }
+-- @tparam int context
+-- @tparam[opt] int stage whose data it reads (default: the recipe's)
+function Corpus:loader(context, stage)
+  local own = stage and self.of_stage[stage]
+  local key = ("%d %d"):format(own and stage or 0, context)
+  own = own or self
+  if not self.loaders[key] then
+    self.loaders[key] = loader.new { sources = own.sources, context = context, seed = self.seed,
+      mask = own.mask, pad = self.tokenizer.pad or 0 }
   end
-  return self.loaders[context]
+  return self.loaders[key]
 end
 
 --- A batch of training samples.
--- @tparam table o `first` (sample index over the whole run), `batch` (sequences), `context`, and `layout`,
--- `rank`, `here` as in loader:batch
+-- @tparam table o `first` (sample index over the whole run), `batch` (sequences), `context`, `stage` (its
+-- number), and `layout`, `rank`, `here` as in loader:batch
 -- @treturn table see loader:batch
 function Corpus:batch(o)
-  o = args.named("data:batch", o, { first = "int", batch = "int", context = "int", layout = "table|cdata?",
-    rank = { "int", 0 }, here = { "int", 1 } })
-  return self:loader(o.context):batch { first = o.first, rows = o.batch, layout = o.layout, rank = o.rank,
+  o = args.named("data:batch", o, { first = "int", batch = "int", context = "int", stage = "int?",
+    layout = "table|cdata?", rank = { "int", 0 }, here = { "int", 1 } })
+  return self:loader(o.context, o.stage):batch { first = o.first, rows = o.batch, layout = o.layout, rank = o.rank,
     here = o.here }
 end
 
@@ -238,17 +267,45 @@ function Corpus:niah(o)
   return needles.new(settings)
 end
 
+-- Loaders of one token per sample: what they are made of does not depend on the context. The recipe's
+-- own, then those of stages, in order.
+local function witnesses(self)
+  local list = { { stage = 0, loader = self:loader(1) } }
+  for stage = 1, table.maxn(self.of_stage) do
+    if self.of_stage[stage] then list[#list + 1] = { stage = stage, loader = self:loader(1, stage) } end
+  end
+  return list
+end
+
 --- What a checkpoint keeps of the data: it is the same for every context and step.
 function Corpus:state()
-  local state = self:loader(1):state(0)
-  return { fingerprint = state.fingerprint, identity = state.identity }
+  local out = {}
+  for i, w in ipairs(witnesses(self)) do
+    local state = w.loader:state(0)
+    out[i] = { stage = w.stage, fingerprint = state.fingerprint, identity = state.identity }
+  end
+  return { stages = out }
 end
 
 --- Refuse to go on with data that is not what a saved state saw.
 -- @raise class data, saying what differs
 function Corpus:check_state(state)
-  if type(state) ~= "table" then errors.raise("data", "data:check_state: the state is malformed", 2) end
-  self:loader(1):resume { next = 0, fingerprint = state.fingerprint, identity = state.identity }
+  if type(state) ~= "table" or type(state.stages) ~= "table" then
+    errors.raise("data", "data:check_state: the state is malformed", 2)
+  end
+  local saved, now = {}, witnesses(self)
+  for _, s in ipairs(state.stages) do saved[s.stage] = s end
+  for _, w in ipairs(now) do
+    local s = saved[w.stage]
+    if not s then
+      errors.raise("data", ("the data is not what the checkpoint was trained on: stage %d has data of its own now")
+        :format(w.stage), 2)
+    end
+    w.loader:resume { next = 0, fingerprint = s.fingerprint, identity = s.identity }
+  end
+  if #state.stages ~= #now then
+    errors.raise("data", "the data is not what the checkpoint was trained on: a stage had data of its own", 2)
+  end
 end
 
 function Corpus:__tostring() return table.concat(self.notes, "\n") end

@@ -100,7 +100,8 @@ function M.new(recipe, o)
     pattern = recipe.attention, inner = self.comm:local_size() }
   local a = recipe.optim
   self.optim = optim.adamw(self.model.parameters, { betas = a.betas, eps = a.eps, decay = a.decay, clip = a.clip })
-  self.data = data.open(recipe.data, { tokenizer = self.tokenizer, seed = recipe.seed, comm = self.comm })
+  self.data = data.open(recipe.data, { tokenizer = self.tokenizer, seed = recipe.seed, stages = recipe.stages,
+    comm = self.comm })
   self.comm:same(self:weights_hash(), "initial weights")
   return self
 end
@@ -141,7 +142,7 @@ end
 -- What a forward pass needs besides ids: positions and the attention of this micro-batch.
 function Job:run_of(batch)
   local run = {
-    recompute = self.recipe.model.recompute == "block", mlp_chunk = 4096,
+    recompute = self.recipe.model.recompute == "block", mlp_chunk = 4096, weights = batch.weights,
     attend = function(layer, q, k, v) return self.attending:attend(layer, q, k, v) end,
   }
   run.cos, run.sin = self.model:positions(batch.positions, self.stage.context)
@@ -153,7 +154,9 @@ function Job:batch(step, micro)
   local s = self.stage
   local share = s.batch / (self.dp * s.accumulate)
   local first = s.first_sample + (step - s.first_step) * s.batch + ((micro - 1) * self.dp + self.data_index) * share
-  return self.data:batch(self:cut(first, share))
+  local cut = self:cut(first, share)
+  cut.stage = s.index
+  return self.data:batch(cut)
 end
 
 -- Which samples, and the part of them that belongs to this process.
@@ -165,7 +168,8 @@ end
 --- A batch of held-out text at the stage's context; the same one every time for the same `first`.
 function Job:validation_batch(rows, first) return self.data:validation_batch(self:cut(first or 0, rows)) end
 
--- Forward and backward of one micro-batch; returns the sum of losses and the number of labels here.
+-- Forward and backward of one micro-batch; returns the sum of losses and the number of labels here, both
+-- weighted where the data weighs its labels.
 function Job:micro_step(step, micro)
   local batch = self:batch(step, micro)
   self.attending:begin { documents = batch.documents, step = step }

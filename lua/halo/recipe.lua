@@ -23,7 +23,8 @@
 --    data       { type, ... }, see `halo help data`
 --    optim      { lr = { peak, steps, decay, to, over }, betas, decay, clip, eps }
 --    stages     list of { name, context, tokens, steps, batch, accumulate, first_step, last_step,
---                 rope, attention, lr }; every field in full. lr has `first_step` and `last_step`, the
+--                 rope, attention, lr, data }; every field in full, but data is nil where the stage does
+--                 not change it. lr has `first_step` and `last_step`, the
 --                 steps (counted from 1 over the run) that its shape spans
 --    attention  { type, ..., dense = { layers, below }, ring = { type, layout, block, inner }, frozen }
 --    every      list of { steps = n, actions = { { type, ... }, ... } }, n ascending
@@ -347,6 +348,7 @@ local function resolve_stages(recipe, out)
     total_steps, total_tokens = stage.last_step, total_tokens + stage.tokens
     local attention = staged(recipe.attention, set.attention, "attention", place)
     stage.attention = schema.resolve(attention)
+    stage.data = set.data and schema.resolve(staged(recipe.data, set.data, "data", place))
     -- Each stage's scheme stays until another stage changes it.
     local rope = staged(i > 1 and stages[i - 1].rope_node or recipe.model.rope, set.rope, "rope", place)
     stage.rope_node = rope
@@ -369,6 +371,18 @@ local function resolve_stages(recipe, out)
   out.total = { steps = total_steps, tokens = total_tokens }
 end
 
+-- A mix names its sources once.
+local function check_mix(data, complain)
+  if data.type ~= "mix" then return end
+  if (data.sources ~= nil) == (data.from ~= nil) then complain("mix needs sources or from, and not both", "mix") end
+  local names = args.keys(data.sources or {})
+  for name in pairs(data.sources and data.weights or {}) do
+    if not data.sources[name] then
+      complain(('mix: weights names "%s"%s'):format(name, args.did_you_mean(name, names)), name)
+    end
+  end
+end
+
 -- Rules between parts of the recipe.
 local function check_whole(recipe, out)
   local function complain(message, word) schema.complain(recipe, message, word) end
@@ -388,15 +402,9 @@ local function check_whole(recipe, out)
         stage.batch / stage.accumulate, out.mesh.dp), "batch")
     end
   end
-  if out.data.type == "mix" then
-    local data, names = out.data, {}
-    if (data.sources ~= nil) == (data.from ~= nil) then complain("mix needs sources or from, and not both", "mix") end
-    for name in pairs(data.sources or {}) do names[#names + 1] = name end
-    for name in pairs(data.sources and data.weights or {}) do
-      if not data.sources[name] then
-        complain(('mix: weights names "%s"%s'):format(name, args.did_you_mean(name, names)), name)
-      end
-    end
+  check_mix(out.data, complain)
+  for _, stage in ipairs(out.stages) do
+    if stage.data then check_mix(stage.data, complain) end
   end
 end
 

@@ -553,8 +553,8 @@ function M.copy(v)
   return out
 end
 
---- Lay a plain table over a node: fields that hold a node and get a plain table are merged in turn,
--- maps are merged by key, lists and everything else replaced. Changes and returns the node.
+--- Lay a plain table over a node: fields (and entries of maps) that hold a node and get a plain table are
+-- merged in turn, maps are merged by key, lists and everything else replaced. Changes and returns the node.
 function M.merge(node, changes, place)
   local record = records[node]
   place = place or M.caller()
@@ -571,7 +571,16 @@ function M.merge(node, changes, place)
       M.merge(current, value, place)
     elseif is_plain and type(current) == "table" and field.kind.key then
       local merged = M.copy(current)
-      for k, v in pairs(value) do merged[k] = v end
+      for k, v in pairs(value) do
+        local is_change = type(v) == "table" and not records[v]
+        if is_change and M.is_node(merged[k]) then
+          M.merge(merged[k], v, place)
+        elseif is_change and field.kind.of.group and merged[k] == nil then
+          M.complain(place, ('%s has no "%s"%s'):format(key, tostring(k), args.did_you_mean(k, args.keys(current))), k)
+        else
+          merged[k] = v
+        end
+      end
       set_field(record, key, merged, place)
     else
       set_field(record, key, value, place)

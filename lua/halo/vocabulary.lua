@@ -238,11 +238,21 @@ data("tokens", "Tokens made before: a Halo token file, or llm.c's .bin.", {
   { "file", kind.path, required = true, doc = "file or folder" },
 }, "file", 'data = tokens "data/pg19.tok"')
 data("needles", "Generated documents that hide numbers in filler text and ask for one at the end; "
-  .. "the digits variant of needle in a haystack.", {
-  { "digits", kind.range { int = true, min = 1, max = 18 }, default = 7,
+  .. "the digits variant of needle in a haystack. See data/needles.lua.", {
+  { "digits", kind.range { int = true, min = 1, max = 15 }, default = 7,
     doc = "digits of a hidden number (MInference)" },
-  { "needles", kind.count, default = 1, doc = "hidden numbers per document" },
-  { "length", kind.tokens, doc = "tokens of a document (default: up to the stage's context)" },
+  { "needles", kind.either(kind.count, kind.list(kind.count, 2)), default = 1,
+    doc = "hidden numbers per document, or { from, to }" },
+  { "questions", kind.either(kind.count, kind.list(kind.count, 2), kind.enum { "all" }), default = "all",
+    doc = "questions per document, or { from, to }; all: one per hidden number. Fewer where they do not fit" },
+  { "inside", kind.share, default = 0,
+    doc = "share of questions, the last apart, that stand inside the document behind their number" },
+  { "length", kind.either(kind.tokens, kind.list(kind.tokens, 2)),
+    doc = "tokens of a document, or { from, to } (default: the stage's context)" },
+  { "text_weight", kind.range { int = true, min = 0, max = 255 }, default = 0,
+    doc = "what a token of filler or wording counts in the loss; 0: it is no target" },
+  { "answer_weight", kind.range { int = true, min = 1, max = 255 }, default = 1,
+    doc = "what a digit of an answer counts; hidden digits themselves never count" },
   { "filler", node "data", doc = "where filler text comes from (default: the other sources of the mix)" },
 }, nil, "data = needles { digits = 4 }")
 data("mix", "Several sources, drawn by weight.", {
@@ -340,6 +350,8 @@ define { name = "stage", group = "stage", doc = "A stretch of training with one 
     { "rope", kind.changes "rope", doc = "position scheme from here on" },
     { "attention", kind.changes "attention", doc = "attention here: a pattern, or { some fields of the recipe's }" },
     { "lr", node "rate", doc = "learning rate of this stage alone" },
+    { "data", kind.changes "data",
+      doc = "what to read here: a source, or some fields of the recipe's, as { sources = { x = { length = 4*K } } }" },
   },
   check = function(v, complain)
     if v.tokens and v.steps then complain("give tokens or steps, not both", "steps") end

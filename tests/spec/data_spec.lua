@@ -336,31 +336,81 @@ describe("data", function()
       return data.needles.new(o)
     end
 
+    -- The document's text, its start token left out, and the weight of each of its bytes.
+    local function read(d)
+      assert.equal(tok.bos, d.ids[0])
+      local weights = {}
+      for i = 1, d.n - 1 do weights[i] = d.loss[i] end
+      return tok:decode(d.ids + 1, d.n - 1), weights
+    end
+
     it("hides numbers and asks for them; only answers are targets", function()
       local n = needles { needles = { 2, 4 }, digits = 5 }
       for s = 1, 20 do
         local d = n:document(random.new(1, s), 900)
         assert.equal(900, d.n)
-        local all = tok:decode(d.ids, d.n)
-        local targets = {}
-        for i = 0, d.n - 1 do
-          if d.loss[i] == 1 then targets[#targets + 1] = string.char(d.ids[i]) end
+        local all, weights = read(d)
+        local targets, answers = {}, {}
+        for i = 1, #all do
+          assert.is_true(weights[i] <= 1)
+          if weights[i] == 1 then targets[#targets + 1] = all:sub(i, i) end
         end
-        local answers = {}
-        for _, a in ipairs(d.asked) do answers[#answers + 1] = (" %s.\n"):format(a.number) end
+        for _, a in ipairs(d.asked) do answers[#answers + 1] = (" %s."):format(a.number) end
         assert.equal(table.concat(answers), table.concat(targets))
+        assert.equal(#d.needles, #d.asked)
         for _, needle in ipairs(d.needles) do
           assert.is_truthy(needle.number:find "^%d%d%d%d%d$")
-          local planted = ("\nThe special magic %s number is %s.\n"):format(needle.city, needle.number)
-          assert.equal(planted, all:sub(needle.position + 1, needle.position + #planted))
+          local planted = (" The special magic %s number is %s."):format(needle.city, needle.number)
+          assert.equal(planted, tok:decode(d.ids + needle.position, #planted))
           -- behind the end of a sentence, as in the original
-          assert.is_truthy(needle.position == 0 or all:sub(1, needle.position):find "[.\n]$", all)
+          assert.is_truthy(needle.position == 1 or all:sub(1, needle.position - 1):find "[.\n]$", all)
         end
         assert.same(array(d.ids, d.n), array(n:document(random.new(1, s), 900).ids, d.n))
       end
-      local everything = needles { loss = "all" }:document(random.new(1, 1), 300)
-      for i = 0, 299 do assert.equal(1, everything.loss[i]) end
       assert.is_nil(needles():document(random.new(1, 1), 60))
+    end)
+
+    it("weighs text and answers, and never the hidden digits", function()
+      local n = needles { questions = { 2, 5 }, inside = 0.5, text_weight = 1, answer_weight = 20 }
+      local places = 0
+      for s = 1, 30 do
+        local d = n:document(random.new(2, s), 1500)
+        local all, weights = read(d)
+        local needle = d.needles[1]
+        local hidden = assert(all:find(needle.number, 1, true))
+        assert.is_true(hidden > needle.position and hidden < needle.position + 45)
+        local at, found = hidden + 7, 0
+        local is_answer = {}
+        while true do
+          at = all:find(needle.number, at, true)
+          if not at then break end
+          found = found + 1
+          for i = at, at + 6 do is_answer[i] = true end
+          local question = (" What is the special magic %s number? The special magic %s number is "):format(
+            needle.city, needle.city)
+          assert.equal(question, all:sub(at - #question, at - 1))
+          if at < #all - 500 then places = places + 1 end
+          at = at + 7
+        end
+        assert.equal(#d.asked, found)
+        assert.is_true(found >= 2 and found <= 5)
+        assert.equal(needle.number .. ".", all:sub(-8)) -- the last question comes last
+        for i = 1, #all do
+          local wanted = is_answer[i] and 20 or (i >= hidden and i < hidden + 7) and 0 or 1
+          assert.equal(wanted, weights[i], ("byte %d"):format(i))
+        end
+      end
+      assert.is_true(places > 15 and places < 70) -- half of 30 times 1 to 4, where far enough from the end
+    end)
+
+    it("asks as often as there is room, and for every needle before one again", function()
+      local n = needles { needles = 3, questions = { 4, 4 } }
+      local d = n:document(random.new(3, 1), 1000)
+      assert.equal(4, #d.asked)
+      for i = 1, 3 do assert.equal(d.needles[i], d.asked[i]) end
+      local short = n:document(random.new(3, 1), 260)
+      assert.is_true(#short.asked < 4 and #short.asked >= 1 and #short.needles >= 1)
+      assert.equal(260, short.n)
     end)
 
     it("makes tasks of exactly a context, at depths, with the answer", function()
@@ -369,13 +419,13 @@ describe("data", function()
         for _, depth in ipairs { 0, 11, 50, 89, 100 } do
           local task = n:task { context = context, depth = depth }
           assert.equal(context, task.n + task.answer_n)
-          local prompt = tok:decode(task.prompt, task.n)
+          local prompt = tok:decode(task.prompt + 1, task.n - 1)
           assert.is_truthy(task.answer:find "^%d%d%d%d%d%d%d$")
           local _, times = prompt:gsub(task.answer, "")
           assert.equal(1, times)
           assert.is_truthy(prompt:find("number is$"))
-          assert.equal(("\nThe special magic %s number is %s.\n"):format(task.city, task.answer),
-            prompt:sub(task.position + 1, task.position + 36 + #task.city))
+          local planted = (" The special magic %s number is %s."):format(task.city, task.answer)
+          assert.equal(planted, tok:decode(task.prompt + task.position, #planted))
           assert.is_true(task.realised <= depth and depth - task.realised < 100 * 60 / (context - 200) + 1e-9
             or context < 300)
           assert.is_true(data.needles.correct(task, "I think it is " .. task.answer .. "!"))
@@ -387,10 +437,23 @@ describe("data", function()
       assert.are_not.equal(a.answer, n:task({ context = 512, depth = 30, round = 1 }).answer)
       assert.are_not.equal(a.answer, n:task({ context = 512, depth = 30, seed = 2 }).answer)
       local many = n:task { context = 2048, depth = 30, needles = 8 }
-      local _, planted = tok:decode(many.prompt, many.n):gsub("\nThe special magic %u[%a ]+ number is %d+", "")
+      local _, planted = tok:decode(many.prompt, many.n):gsub(" The special magic %u[%a ]+ number is %d+", "")
       assert.equal(8, planted)
       fails("usage", "the context 50", function() n:task { context = 50, depth = 0 } end)
       fails("usage", "want 0 to 100", function() n:task { context = 500, depth = 101 } end)
+    end)
+
+    it("asks in the words it was trained on", function()
+      for _, template in ipairs { "magic", "lines" } do
+        local n = needles { template = template }
+        local task = n:task { context = 700, depth = 40 }
+        local whole = tok:decode(task.prompt, task.n) .. tok:decode(task.answer_ids, task.answer_n)
+        local d = n:document(random.new(1, 1), 700)
+        local function shape(words) -- the last two sentences, city and number left out
+          return (words:sub(-100):gsub(d.needles[1].city, "X"):gsub(task.city, "X"):gsub("%d+", "N"):match "X.*$")
+        end
+        assert.equal(shape(tok:decode(d.ids, d.n)), shape(whole))
+      end
     end)
 
     it("has a hundred cities, all different", function()
@@ -406,8 +469,27 @@ describe("data", function()
       local l = data.loader { sources = { n = { generator = needles({ length = { 200, 300 }, needles = 1 }):generator() } },
         context = 1000, pad = tok.pad }
       local b = l:batch { rows = 3 }
-      assert.is_true(b.targets >= 3 * 3 * 9) -- three documents or more, nine bytes of answer each
-      assert.is_true(b.targets <= 3 * 6 * 10)
+      -- three or four documents a sample (what is left and too short goes to the last), nine bytes of
+      -- answer each, seven of them its number
+      assert.is_true(b.targets >= 3 * 3 * 9 and b.targets <= 3 * 5 * 9)
+      assert.is_nil(b.weights)
+      local heavy = needles { length = { 200, 300 }, answer_weight = 9 }
+      local weighted = data.loader { sources = { n = { generator = heavy:generator() } }, context = 1000, pad = tok.pad }
+        :batch { rows = 3 }
+      assert.equal(weighted.targets / 9 * (7 * 9 + 2), weighted.weights:sum():item())
+      local labels, weights = values(weighted.labels), weighted.weights:values()
+      for i = 1, #labels do assert.equal(labels[i] == -100, weights[i] == 0) end
+      -- cut for a ring they go where their labels go
+      local layout = new_layout(C.HALO_LAYOUT_STRIPED, 1000, 2, 64)
+      local cut = data.loader { sources = { n = { generator = heavy:generator() } }, context = 1000, pad = tok.pad }
+        :batch { rows = 3, layout = layout, rank = 1 }
+      local part, t = cut.weights:values(), cut.labels.shape[2]
+      for row = 0, 2 do
+        for i = 0, t - 1 do
+          local g = tonumber(C.halo_layout_global(layout, 1, i))
+          assert.equal(g < 1000 and weights[row * 1000 + g + 1] or 0, part[row * t + i + 1])
+        end
+      end
       fails("usage", "do not fit", function()
         data.loader({ sources = { n = { generator = needles():generator() } }, context = 40 }):batch { rows = 1 }
       end)
@@ -417,7 +499,12 @@ describe("data", function()
       fails("usage", "digits", needles, { digits = 0 })
       fails("usage", "needles must be", needles, { needles = { 3, 2 } })
       fails("usage", 'did you mean "magic"', needles, { template = "magik" })
-      fails("usage", 'did you mean "answers"', needles, { loss = "answer" })
+      fails("usage", 'did you mean "answer_weight"', needles, { answers_weight = 2 })
+      fails("usage", "answer_weight is 0", needles, { answer_weight = 0 })
+      fails("usage", "text_weight is 256", needles, { text_weight = 256 })
+      fails("usage", "inside is 2", needles, { inside = 2 })
+      fails("usage", "questions must be", needles, { questions = "some" })
+      fails("usage", "questions must be", needles, { questions = { 0, 2 } })
       fails("usage", "cities", needles, { needles = 101 })
       fails("data", "another tokenizer", needles, { tokenizer = tokenizer.byte { special = { "<|eos|>" } } })
     end)
@@ -449,6 +536,37 @@ describe("data", function()
       c:check_state(state)
       local other = open { type = "text", from = dir .. "/text", holdout = 0.2 }
       fails("data", "the data is not what the checkpoint was trained on", function() other:check_state(state) end)
+    end)
+
+    it("gives a stage its own settings over the same text", function()
+      local function mix(hidden, weights)
+        return { type = "mix", holdout = 0.2, weights = weights, sources = {
+          text = { type = "text", from = dir .. "/text", holdout = 0.2 }, hidden = hidden } }
+      end
+      local short = { type = "needles", digits = 3, needles = 1, length = { 140, 150 } }
+      local long = { type = "needles", digits = 3, needles = 1, answer_weight = 9 }
+      local function run(stages)
+        return data.open(mix(short), { tokenizer = tok, seed = 1, cache = dir .. "/cache", stages = stages })
+      end
+      local c = run { {}, { data = mix(long, { text = 0, hidden = 1 }) } }
+      assert.equal(c:loader(256), c:loader(256, 1)) -- stage 1 reads the recipe's
+      local first, second = c:batch { first = 0, batch = 8, context = 256, stage = 1 },
+        c:batch { first = 0, batch = 8, context = 256, stage = 2 }
+      local drawn = {}
+      for _, name in ipairs(first.sources) do drawn[name] = true end
+      assert.same({ text = true, hidden = true }, drawn)
+      for _, name in ipairs(second.sources) do assert.equal("hidden", name) end
+      assert.is_nil(first.weights)
+      assert.equal(9, second.weights:max():item())
+      local state = c:state()
+      run({ {}, { data = mix(long, { text = 0, hidden = 1 }) } }):check_state(state)
+      fails("data", "source hidden was", function()
+        run({ {}, { data = mix(short, { text = 0, hidden = 1 }) } }):check_state(state)
+      end)
+      fails("data", "stage", function() run({}):check_state(state) end)
+      fails("data", "stage 2 has data of its own now", function()
+        c:check_state(run({}):state())
+      end)
     end)
 
     it("reads token files of the same tokenizer", function()

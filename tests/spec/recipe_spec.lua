@@ -46,6 +46,48 @@ local function override_error(...)
   return tostring(e)
 end
 
+describe("data of a stage", function()
+  local mixed = [[
+return recipe "mixed" {
+  model = model.qwen2 { layers = 1, width = 64, heads = 2 },
+  data = mix { sources = { books = text ".", hidden = needles { digits = 5 } }, weights = { books = 1, hidden = 3 } },
+  optim = adamw { lr = 1e-3 },
+  stages = {
+    stage { context = 64, steps = 1 },
+    stage { context = 64, steps = 1,
+      data = { sources = { hidden = { length = { 32, 64 }, questions = { 1, 3 } } }, weights = { books = 0 } } },
+    stage { context = 64, steps = 1, data = needles { filler = text "." } },
+  },
+}
+]]
+  it("is the recipe's with some fields changed, or another", function()
+    local r = recipe.resolve(recipe.load_text(mixed, "m.lua"))
+    assert.is_nil(r.stages[1].data)
+    local own = r.stages[2].data
+    assert.same({ books = 0, hidden = 3 }, own.weights)
+    assert.same({ 32, 64 }, own.sources.hidden.length)
+    assert.same({ 1, 3 }, own.sources.hidden.questions)
+    assert.equal(5, own.sources.hidden.digits)
+    assert.equal(".", own.sources.books.from)
+    assert.is_nil(r.data.sources.hidden.length) -- the recipe's own is as it was
+    assert.same({ books = 1, hidden = 3 }, r.data.weights)
+    assert.equal("needles", r.stages[3].data.type)
+  end)
+
+  it("follows data=DIR", function()
+    local r = recipe.resolve(recipe.override(recipe.load_text(mixed, "m.lua"), { "data=lua" }))
+    assert.equal("lua", r.data.sources.books.from)
+    assert.equal("lua", r.stages[2].data.sources.books.from)
+  end)
+
+  it("says what it does not know", function()
+    has('did you mean "hidden"', text_error(mixed:gsub("hidden = { length", "hiden = { length"), "m.lua"))
+    has('did you mean "length"', text_error(mixed:gsub("{ length", "{ lenght"), "m.lua"))
+    has('weights names "boks"', text_error(mixed:gsub("books = 0", "boks = 0"), "m.lua"))
+    has("length must be", text_error(mixed:gsub("length = { 32, 64 }", "length = { 32 }"), "m.lua"))
+  end)
+end)
+
 describe("a recipe", function()
   it("resolves to a plain table with defaults and derived quantities", function()
     local r = recipe.resolve(recipe.load_text(small, "r.lua"))

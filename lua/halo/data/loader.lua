@@ -279,7 +279,8 @@ end
 -- @tparam[opt=1] int o.here ranks held by this process, stacked in rank order
 -- @treturn table `ids`, `labels`, `positions` (tensors [B,T], i32), `documents` (int32_t memory [B*N] in
 -- global order; nil with mask "none"), `weights` (tensor [B,T], f32, what each label counts; nil when all
--- count 1), `targets` (labels of whole rows, all ranks of the layout together), `rows`, `context`, `first`, `sources` (a name per row)
+-- count 1), `targets` (labels of whole rows, all ranks of the layout together), `rows`, `context`, `first`,
+-- `sources` (a name per row)
 -- @usage for step = 1, 100 do local batch = loader:batch { rows = 8 } end
 function Loader:batch(o)
   o = args.named("loader:batch", o, { rows = "int", first = "int?", layout = "table|cdata?", rank = { "int", 0 },
