@@ -54,7 +54,7 @@ halo_status halo__checkpoint_publish(halo_checkpoint_writer *w, const char *stat
 
 /* Open one folder; checks the content of files i with i % parts == part, of all: name and size. */
 halo_status halo__checkpoint_open_part(halo_checkpoint **out, const char *path, int32_t part,
-                                       int32_t parts, bool deep);
+                                       int32_t parts, int32_t level);
 /* Manifest, names and sizes only. */
 halo_status halo__checkpoint_glance(halo__manifest *out, const char *who, const char *path);
 

@@ -109,12 +109,12 @@ static void name_the_tensor(const char *path, int64_t offset, char out[160]) {
 }
 
 static halo_status check_content(const halo__manifest *m, const char *path, int32_t part, int32_t parts,
-                                 bool deep) {
-  for (int32_t i = part; i < m->n; i += parts) {
+                                 int32_t level) {
+  for (int32_t i = part; level >= HALO_VERIFY_CHUNKS && i < m->n; i += parts) {
     char file[HALO__PATH], tensor[160];
     HALO_TRY(halo__file_join(file, who, path, m->file[i].name));
     int64_t bad = -1;
-    const halo_status status = halo__file_verify(&bad, who, file, &m->file[i].digest, deep);
+    const halo_status status = halo__file_verify(&bad, who, file, &m->file[i].digest, level == HALO_VERIFY_ALL);
     if (status == HALO_OK) continue;
     char message[700];
     snprintf(message, sizeof message, "%s", halo_error_message());
@@ -196,14 +196,15 @@ void halo_checkpoint_free(halo_checkpoint *c) {
 }
 
 halo_status halo__checkpoint_open_part(halo_checkpoint **out, const char *path, int32_t part,
-                                       int32_t parts, bool deep) {
+                                       int32_t parts, int32_t level) {
   HALO_CHECK(strlen(path) < HALO__PATH - 300, HALO_EARG, "%s: the path is too long", who);
+  HALO_CHECK(level >= HALO_VERIFY_SIZES && level <= HALO_VERIFY_ALL, HALO_EARG, "%s: level is %d", who, level);
   halo_checkpoint *c = NULL;
   halo_status status = HALO_OK;
   HALO_TRY(halo__alloc_zero((void **)&c, sizeof *c, HALO_CPU));
   snprintf(c->path, sizeof c->path, "%s", path);
   HALO_TRY_GOTO(halo__checkpoint_glance(&c->manifest, who, path));
-  HALO_TRY_GOTO(check_content(&c->manifest, path, part, parts, deep));
+  HALO_TRY_GOTO(check_content(&c->manifest, path, part, parts, level));
   HALO_TRY_GOTO(collect_runs(c));
   *out = c;
 done:
@@ -211,12 +212,12 @@ done:
   return status;
 }
 
-static halo_status open_together(halo_checkpoint **out, const char *path, halo_comm *comm, bool deep) {
+static halo_status open_together(halo_checkpoint **out, const char *path, halo_comm *comm, int32_t level) {
   const int32_t here = comm != NULL ? halo_comm_here(comm) : 1;
   const int32_t parts = comm != NULL ? halo_comm_size(comm) / here : 1;
   const int32_t part = comm != NULL ? halo_comm_rank(comm) / here : 0;
   halo_checkpoint *c = NULL;
-  const halo_status status = halo__agree(comm, halo__checkpoint_open_part(&c, path, part, parts, deep));
+  const halo_status status = halo__agree(comm, halo__checkpoint_open_part(&c, path, part, parts, level));
   if (status != HALO_OK) {
     halo_checkpoint_free(c);
     return status;
@@ -225,9 +226,9 @@ static halo_status open_together(halo_checkpoint **out, const char *path, halo_c
   return HALO_OK;
 }
 
-halo_status halo_checkpoint_open(halo_checkpoint **out, const char *path, halo_comm *comm, int32_t deep) {
+halo_status halo_checkpoint_open(halo_checkpoint **out, const char *path, halo_comm *comm, int32_t level) {
   HALO_CHECK(out != NULL && path != NULL && path[0] != 0, HALO_EARG, "%s: out or path is missing", who);
-  return open_together(out, path, comm, deep != 0);
+  return open_together(out, path, comm, level);
 }
 
 /* Rank 0's list of candidates, on every rank. */
@@ -257,7 +258,7 @@ done:
   return status;
 }
 
-halo_status halo_checkpoint_latest(halo_checkpoint **out, const char *dir, halo_comm *comm, int32_t deep) {
+halo_status halo_checkpoint_latest(halo_checkpoint **out, const char *dir, halo_comm *comm, int32_t level) {
   HALO_CHECK(out != NULL && dir != NULL && dir[0] != 0, HALO_EARG, "checkpoint_latest: out or dir is missing");
   int64_t *steps = NULL;
   int32_t n = 0;
@@ -268,7 +269,7 @@ halo_status halo_checkpoint_latest(halo_checkpoint **out, const char *dir, halo_
   for (int32_t i = 0; i < n && c == NULL; i++) {
     char path[HALO__PATH];
     HALO_TRY_GOTO(halo__checkpoint_folder(path, who, dir, steps[i]));
-    const halo_status tried = open_together(&c, path, comm, deep != 0);
+    const halo_status tried = open_together(&c, path, comm, level);
     if (tried == HALO_OK) break;
     if (tried == HALO_ENOMEM || tried == HALO_ECOMM) { // says nothing about the checkpoint
       status = tried;

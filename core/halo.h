@@ -603,15 +603,17 @@ HALO_API halo_status halo_checkpoint_prune(const char *dir, int32_t keep, int64_
 /* Loading. A handle is a checkpoint whose files were checked against its manifest. */
 typedef struct halo_checkpoint halo_checkpoint;
 
-/* Check and open one folder. Processes of comm share the work and agree. deep: SHA-256 besides the
- * chunk hashes.
+/* How much is read to be sure: the manifest with names and sizes (milliseconds), all files against their
+ * chunk hashes (before loading), their SHA-256 as well. */
+enum { HALO_VERIFY_SIZES = 0, HALO_VERIFY_CHUNKS = 1, HALO_VERIFY_ALL = 2 };
+/* Check and open one folder. Processes of comm share the work and agree.
  * errors   HALO_ECORRUPT for anything that is not as it was written; HALO_EVERSION */
 HALO_API halo_status halo_checkpoint_open(halo_checkpoint **out, const char *path, halo_comm *comm,
-                                          int32_t deep);
+                                          int32_t level);
 /* The newest checkpoint of DIR that passes; *out is NULL when there is none at all. When there are
  * some and none passes, that is an error, whose message lists them. */
 HALO_API halo_status halo_checkpoint_latest(halo_checkpoint **out, const char *dir, halo_comm *comm,
-                                            int32_t deep);
+                                            int32_t level);
 HALO_API void halo_checkpoint_free(halo_checkpoint *c);
 HALO_API const char *halo_checkpoint_path(const halo_checkpoint *c);
 HALO_API int64_t halo_checkpoint_step(const halo_checkpoint *c);

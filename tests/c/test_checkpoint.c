@@ -122,7 +122,7 @@ static bool holds(const halo_checkpoint *c, int version) {
 static int newest(const char *dir) {
   halo_checkpoint *c = NULL;
   int version = -2;
-  if (halo_checkpoint_latest(&c, dir, NULL, 1) != HALO_OK) return -2;
+  if (halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_ALL) != HALO_OK) return -2;
   if (c == NULL) return -1;
   if (sscanf(halo_checkpoint_state(c), "{\"version\": %d", &version) != 1 || !holds(c, version)) version = -2;
   halo_checkpoint_free(c);
@@ -179,10 +179,10 @@ static void hashes_are_right(void) {
 static void a_checkpoint_comes_back(void) {
   const char *dir = at("plain");
   halo_checkpoint *c = NULL;
-  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, 0)); // no folder yet: nothing to resume
+  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_CHUNKS)); // no folder yet: nothing to resume
   CHECK(c == NULL);
   CHECK_OK(save(dir, 400, 7, 1));
-  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, 1));
+  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_ALL));
   CHECK(c != NULL && holds(c, 7));
   CHECK(halo_checkpoint_step(c) == 400 && halo_checkpoint_world(c) == 1);
   CHECK(halo_checkpoint_report(c)[0] == 0);
@@ -227,7 +227,7 @@ static void the_collective_calls_work_alone(void) {
     CHECK_OK(halo_checkpoint_commit(w, state));
     CHECK_STATUS(halo_checkpoint_commit(w, state), HALO_ESTATE);
     halo_checkpoint_writer_free(w);
-    CHECK_OK(halo_checkpoint_latest(&c, dir, comms[i], 0));
+    CHECK_OK(halo_checkpoint_latest(&c, dir, comms[i], HALO_VERIFY_CHUNKS));
     CHECK(c != NULL && holds(c, i) && halo_checkpoint_world(c) == 1);
     halo_checkpoint_free(c);
     free_model(&m);
@@ -269,11 +269,11 @@ static void ranks_can_change(void) {
   for (size_t i = 0; i < sizeof worlds / sizeof *worlds; i++) {
     halo_checkpoint *c = NULL;
     CHECK_OK(save(dir, 1, 5, worlds[i][0]));
-    CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, 0));
+    CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_CHUNKS));
     CHECK(c != NULL && holds(c, 5) && halo_checkpoint_world(c) == worlds[i][0]);
     halo_checkpoint_free(c);
     for (int32_t part = 0; part < worlds[i][1]; part++) { // each checks its share
-      CHECK_OK(halo__checkpoint_open_part(&c, at("ranks/step-00000001"), part, worlds[i][1], true));
+      CHECK_OK(halo__checkpoint_open_part(&c, at("ranks/step-00000001"), part, worlds[i][1], HALO_VERIFY_ALL));
       halo_checkpoint_free(c);
     }
     // What W ranks save does not depend on how many loaded it: the same files again.
@@ -496,7 +496,7 @@ static void failing_allocations_leak_nothing(void) {
       put(w, &m, 0);
       status = halo_checkpoint_commit(w, "{\"version\": 2, \"s\": \"\\u00e9\"}");
     }
-    if (status == HALO_OK) status = halo_checkpoint_latest(&c, dir, NULL, 1);
+    if (status == HALO_OK) status = halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_ALL);
     halo_memory_fail_after(-1);
     CHECK(status == HALO_OK || status == HALO_ENOMEM);
     halo_checkpoint_writer_free(w);
@@ -530,7 +530,7 @@ static void every_damaged_byte_is_seen(void) {
   int64_t cases = 0, missed = 0, wrong_code = 0;
   CHECK_OK(save(dir, 1, 1, 1)); // to fall back to
   CHECK_OK(save(dir, 2, 2, 2));
-  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, 0));
+  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_CHUNKS));
   const int32_t n_files = halo_checkpoint_files(c) + 1;
   char paths[16][512];
   for (int32_t f = 0; f < n_files; f++) {
@@ -552,7 +552,7 @@ static void every_damaged_byte_is_seen(void) {
         if (kind == 3) copy[i] = (char)0xff;
         if (length != n || memcmp(copy, bytes, (size_t)n) != 0) {
           write_all(paths[f], copy, length);
-          const halo_status status = halo__checkpoint_open_part(&c, at("damage/step-00000002"), 0, 1, false);
+          const halo_status status = halo__checkpoint_open_part(&c, at("damage/step-00000002"), 0, 1, HALO_VERIFY_CHUNKS);
           missed += status == HALO_OK;
           wrong_code += status != HALO_ECORRUPT && status != HALO_OK;
           if (status == HALO_OK) halo_checkpoint_free(c);
@@ -584,36 +584,40 @@ static void foreign_files_are_seen(void) {
   snprintf(optim[0], sizeof optim[0], "%s/optim/rank-00000-of-00002.safetensors", two);
   snprintf(optim[1], sizeof optim[1], "%s/optim/rank-00001-of-00002.safetensors", two);
   exchange(optim[0], optim[1]); // swapped ranks
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
   exchange(optim[0], optim[1]);
   // The same rank and the same length, of another step.
   exchange(optim[0], at("foreign/step-00000001/optim/rank-00000-of-00002.safetensors"));
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
   CHECK(strstr(halo_error_message(), "moment") != NULL); // says which tensor
   exchange(optim[0], at("foreign/step-00000001/optim/rank-00000-of-00002.safetensors"));
   CHECK(newest(dir) == 2);
   exchange(at("foreign/step-00000002/manifest.json"), at("foreign/step-00000001/manifest.json"));
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
   exchange(at("foreign/step-00000002/manifest.json"), at("foreign/step-00000001/manifest.json"));
   CHECK(link(optim[0], at("foreign/step-00000002/optim/rank-00002-of-00003.safetensors")) == 0); // one more
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
   CHECK(unlink(at("foreign/step-00000002/optim/rank-00002-of-00003.safetensors")) == 0);
   write_all(at("foreign/step-00000002/model.safetensors"), "x", 1); // Transformers would take this one
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
   CHECK(unlink(at("foreign/step-00000002/model.safetensors")) == 0);
   write_all(at("foreign/step-00000002/README.md"), "x", 1); // harmless
-  CHECK_OK(halo_checkpoint_open(&c, two, NULL, 0));
+  CHECK_OK(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS));
   halo_checkpoint_free(c);
   CHECK(rename(optim[1], at("foreign/away")) == 0);
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
   CHECK(symlink(at("foreign/away"), optim[1]) == 0);
-  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 0), HALO_ECORRUPT);
-  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, 0));
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_CHUNKS), HALO_ECORRUPT);
+  CHECK_OK(halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_CHUNKS));
   CHECK(c != NULL && holds(c, 1) && strstr(halo_checkpoint_report(c), "skipped step 2 (HALO_ECORRUPT)") != NULL);
   halo_checkpoint_free(c);
+  CHECK_OK(halo_checkpoint_open(&c, at("foreign/step-00000001"), NULL, HALO_VERIFY_SIZES));
+  halo_checkpoint_free(c);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, HALO_VERIFY_SIZES), HALO_ECORRUPT);
+  CHECK_STATUS(halo_checkpoint_open(&c, two, NULL, 3), HALO_EARG);
   // Nothing usable at all is an error that says so, not "nothing to resume".
   CHECK(unlink(at("foreign/step-00000001/manifest.json")) == 0);
-  CHECK_STATUS(halo_checkpoint_latest(&c, dir, NULL, 0), HALO_EIO);
+  CHECK_STATUS(halo_checkpoint_latest(&c, dir, NULL, HALO_VERIFY_CHUNKS), HALO_EIO);
   CHECK(strstr(halo_error_message(), "none of the 2 checkpoints") != NULL);
   clear(dir);
 }
@@ -650,7 +654,7 @@ static halo_status forge(const char *dir, const char *const *run, const int64_t 
   halo_safetensors_writer_free(w);
   halo_checkpoint *c = NULL;
   halo_tensor *flat = NULL;
-  halo_status status = halo_checkpoint_open(&c, dir, NULL, 1);
+  halo_status status = halo_checkpoint_open(&c, dir, NULL, HALO_VERIFY_ALL);
   CHECK_OK(halo_tensor_zeros(&flat, HALO_F32, HALO_CPU, 1, (int64_t[]){10}));
   if (status == HALO_OK) status = halo_checkpoint_read_flat(c, "m", "p", flat, 0, 10);
   halo_tensor_free(flat);
