@@ -26,6 +26,7 @@
 
 #include <assert.h>
 #include <pcre2.h>
+#include <pthread.h>
 #include <utf8proc.h>
 
 #define SPACE "\\x{09}-\\x{0d}\\x{85}\\p{Z}"
@@ -47,7 +48,7 @@ enum { JIT_STACK_FIRST = 32 << 10, JIT_STACK_MOST = 4 << 20 };
 
 struct halo__split {
   pcre2_code *code; /* NULL: HALO_SPLIT_NONE */
-  bool jit;
+  bool jit, is_ready;
 };
 
 struct halo__splitter {
@@ -57,6 +58,10 @@ struct halo__splitter {
   pcre2_jit_stack *stack;
 };
 
+/* The patterns are constants, so each is compiled once per process and kept. */
+static halo__split splits[PATTERN_COUNT];
+static pthread_mutex_t splits_lock = PTHREAD_MUTEX_INITIALIZER;
+
 static halo_status pattern_error(const char *what, int code) {
   PCRE2_UCHAR text[120];
   pcre2_get_error_message(code, text, sizeof text);
@@ -64,34 +69,29 @@ static halo_status pattern_error(const char *what, int code) {
                      "tokenizer: PCRE2 could not %s the split pattern: %s", what, (char *)text);
 }
 
-halo_status halo__split_new(halo__split **out, int32_t kind) {
-  HALO_CHECK(kind >= 0 && kind < PATTERN_COUNT, HALO_EARG,
-             "tokenizer: split is %d, want 0 to %d", kind, PATTERN_COUNT - 1);
-  void *memory;
-  HALO_TRY(halo__data_alloc(&memory, sizeof(halo__split)));
-  halo__split *s = memory;
-  *s = (halo__split){0};
-  if (patterns[kind] != NULL) {
-    int code;
-    PCRE2_SIZE at;
-    s->code = pcre2_compile((PCRE2_SPTR)patterns[kind], PCRE2_ZERO_TERMINATED,
-                            PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK | PCRE2_ANCHORED, &code, &at,
-                            NULL);
-    if (s->code == NULL) {
-      halo__split_free(s);
-      return pattern_error("compile", code);
-    }
-    // Without a JIT (unsupported machine, no executable memory) the interpreter gives the same pieces.
-    s->jit = pcre2_jit_compile(s->code, PCRE2_JIT_COMPLETE) == 0;
-  }
-  *out = s;
+static halo_status compile(halo__split *s, const char *pattern) {
+  int code;
+  PCRE2_SIZE at;
+  s->code = pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED,
+                          PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK | PCRE2_ANCHORED, &code, &at,
+                          NULL);
+  if (s->code == NULL) return pattern_error("compile", code);
+  // Without a JIT (unsupported machine, no executable memory) the interpreter gives the same pieces.
+  s->jit = pcre2_jit_compile(s->code, PCRE2_JIT_COMPLETE) == 0;
   return HALO_OK;
 }
 
-void halo__split_free(halo__split *s) {
-  if (s == NULL) return;
-  pcre2_code_free(s->code);
-  halo__free(s);
+halo_status halo__split_get(const halo__split **out, int32_t kind) {
+  HALO_CHECK(kind >= 0 && kind < PATTERN_COUNT, HALO_EARG,
+             "tokenizer: split is %d, want 0 to %d", kind, PATTERN_COUNT - 1);
+  halo_status status = HALO_OK;
+  pthread_mutex_lock(&splits_lock);
+  halo__split *s = &splits[kind];
+  if (!s->is_ready && patterns[kind] != NULL) status = compile(s, patterns[kind]);
+  s->is_ready = status == HALO_OK;
+  pthread_mutex_unlock(&splits_lock);
+  if (status == HALO_OK) *out = s;
+  return status;
 }
 
 halo_status halo__splitter_new(halo__splitter **out, const halo__split *split) {

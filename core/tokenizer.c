@@ -33,7 +33,8 @@ enum {
   MAX_TOKENS = HALO__MAX_RANK, /* ranks of tiktoken vocabularies are ids */
   MAX_TOKEN_BYTES = 1024,      /* the longest seen in published vocabularies is 256 spaces */
   MAX_SPECIAL_BYTES = 255,
-  CACHE_SLOTS = 1 << 15, /* 2 MiB */
+  CACHE_FROM_BYTES = 4096, /* an encoder that has seen less text does without a cache */
+  CACHE_SLOTS = 1 << 15,   /* 2 MiB */
   CACHE_BYTES = 22,
   CACHE_IDS = 10
 };
@@ -63,7 +64,8 @@ static_assert(sizeof(cache_slot) == 64, "a slot is a cache line");
 typedef struct encoder {
   struct encoder *next;
   halo__splitter *splitter;
-  cache_slot *cache;
+  cache_slot *cache;    /* NULL at first */
+  size_t seen_bytes;    /* of text, so far */
   halo__buffer ids;     /* int32_t, the result */
   halo__buffer text;    /* normalised text */
   halo__buffer scratch; /* code points */
@@ -83,7 +85,7 @@ struct halo_tokenizer {
   bool special_first[256];                      /* may a special token start with this byte */
   uint8_t special_lengths[MAX_SPECIAL_BYTES];   /* their lengths, longest first */
   int32_t n_special_lengths;
-  halo__split *split;
+  const halo__split *split;
   uint64_t hash;
   pthread_mutex_t lock; /* of idle */
   encoder *idle;
@@ -193,7 +195,7 @@ halo_status halo_tokenizer_new(halo_tokenizer **out, int64_t n_tokens, int32_t s
   halo_tokenizer *t = p;
   *t = (halo_tokenizer){.split_kind = split, .flags = flags, .n_tokens = n_tokens};
   pthread_mutex_init(&t->lock, NULL);
-  HALO_TRY_GOTO(halo__split_new(&t->split, split));
+  HALO_TRY_GOTO(halo__split_get(&t->split, split));
   HALO_TRY_GOTO(halo__data_alloc(&p, n_tokens * (int64_t)sizeof(token)));
   t->tokens = p;
   for (int64_t i = 0; i < n_tokens; i++) t->tokens[i] = (token){.length = ABSENT};
@@ -227,7 +229,6 @@ void halo_tokenizer_free(halo_tokenizer *t) {
     encoder_free(e);
     e = next;
   }
-  halo__split_free(t->split);
   halo__free(t->tokens);
   halo__free(t->index);
   halo__buffer_free(&t->texts);
@@ -415,19 +416,15 @@ static halo_status encoder_take(encoder **out, halo_tokenizer *t) {
   if (e != NULL) t->idle = e->next;
   pthread_mutex_unlock(&t->lock);
   if (e == NULL) {
-    halo_status status = HALO_OK;
     void *p;
     HALO_TRY(halo__data_alloc(&p, sizeof(encoder)));
     e = p;
     *e = (encoder){0};
-    status = halo__splitter_new(&e->splitter, t->split);
-    if (status == HALO_OK) status = halo__data_alloc(&p, CACHE_SLOTS * (int64_t)sizeof(cache_slot));
+    const halo_status status = halo__splitter_new(&e->splitter, t->split);
     if (status != HALO_OK) {
       encoder_free(e);
       return status;
     }
-    e->cache = p;
-    memset(e->cache, 0, CACHE_SLOTS * sizeof(cache_slot));
   }
   *out = e;
   return HALO_OK;
@@ -445,12 +442,21 @@ static void encoder_give_back(encoder *e, halo_tokenizer *t) {
   pthread_mutex_unlock(&t->lock);
 }
 
+static halo_status cache_for(encoder *e, size_t bytes) {
+  e->seen_bytes += bytes;
+  if (e->cache != NULL || e->seen_bytes < CACHE_FROM_BYTES) return HALO_OK;
+  void *p;
+  HALO_TRY(halo__data_alloc(&p, CACHE_SLOTS * (int64_t)sizeof(cache_slot)));
+  e->cache = memset(p, 0, CACHE_SLOTS * sizeof(cache_slot));
+  return HALO_OK;
+}
+
 static halo_status encode_piece(encoder *e, const halo_tokenizer *t, const uint8_t *piece, size_t n) {
   const int64_t room = n > CACHE_IDS ? (int64_t)n : CACHE_IDS;
   HALO_TRY(halo__buffer_reserve(&e->ids, room * 4));
   int32_t *ids = (int32_t *)((char *)e->ids.data + e->ids.bytes);
   cache_slot *slot = NULL;
-  if (n <= CACHE_BYTES) {
+  if (n <= CACHE_BYTES && e->cache != NULL) {
     slot = &e->cache[XXH3_64bits(piece, n) & (CACHE_SLOTS - 1)];
     if (slot->n_bytes == n && memcmp(slot->bytes, piece, n) == 0) {
       memcpy(ids, slot->ids, sizeof slot->ids);
@@ -545,7 +551,8 @@ halo_status halo_tokenizer_encode(int32_t **ids_out, int64_t *n_out, const halo_
   HALO_TRY(encoder_take(&e, shared));
   void *ids = NULL;
   int64_t count = 0;
-  halo_status status = encode_text(e, t, (const uint8_t *)text, n, parse_special != 0);
+  halo_status status = cache_for(e, n);
+  if (status == HALO_OK) status = encode_text(e, t, (const uint8_t *)text, n, parse_special != 0);
   if (status == HALO_OK) {
     count = e->ids.bytes / 4;
     status = halo__buffer_release(&e->ids, &ids);

@@ -10,14 +10,13 @@
 
 /* ---- pretokenize.c -------------------------------------------------------------------------- */
 
-/* A compiled split pattern; immutable, shared by all threads. */
+/* A compiled split pattern of halo_split; immutable, shared by all threads. */
 typedef struct halo__split halo__split;
 /* What one thread needs to run it. */
 typedef struct halo__splitter halo__splitter;
 
-/* NULL pattern for HALO_SPLIT_NONE. */
-halo_status halo__split_new(halo__split **out, int32_t kind);
-void halo__split_free(halo__split *s);
+/* Borrowed, valid for ever. */
+halo_status halo__split_get(const halo__split **out, int32_t kind);
 halo_status halo__splitter_new(halo__splitter **out, const halo__split *s);
 void halo__splitter_free(halo__splitter *s);
 /* End of the piece that starts at `at` < n; text[0, n) is valid UTF-8. */
