@@ -4,7 +4,8 @@ local json = require "halo.json"
 local tokenizer = require "halo.tokenizer"
 local helper = require "tests.helper"
 
-local QWEN2 = [[(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+]]
+local QWEN2 = [[(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}]]
+  .. [[| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+]]
 local LLAMA3 = QWEN2:gsub("\\p{N}|", "\\p{N}{1,3}|", 1)
 
 local function shared(path)

@@ -395,12 +395,11 @@ function Loader:audit(o)
     report.targets = report.targets + targets
     local padded = self.mask == "document" and self.into.documents[self.context - 1] < 0
     report.documents = report.documents + rows.documents[self.context - 1] + (padded and 0 or 1)
-    local s, window = source_of(self, first), nil
+    local s = source_of(self, first)
     local r = report.sources[s]
     r.draws = r.draws + 1
     if r.windows then
-      local _, k = self:locate(first)
-      window = self.sources[s]:window(k)
+      local _, _, window = self:locate(first)
       r.repeats = r.repeats + (seen[s][window] and 1 or 0)
       r.seen = r.seen + (seen[s][window] and 0 or 1)
       seen[s][window] = true

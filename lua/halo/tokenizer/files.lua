@@ -29,14 +29,16 @@ local function unsupported(...)
 end
 
 -- Spellings of the split patterns as published. Several write the same language.
+local tail = [[| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+]]
+local words = [[(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|]]
 local known_patterns = {
   -- openai/gpt-2 src/encoder.py; openai/tiktoken tiktoken_ext/openai_public.py
   [ [['s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+]] ] = "gpt2",
   [ [['(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+]] ] = "gpt2",
   -- Qwen2, Qwen2.5, Qwen3: tokenizer.json
-  [ [[(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+]] ] = "qwen2",
+  [words .. [[\p{N}]] .. tail] = "qwen2",
   -- Llama 3: tokenizer.json, meta-llama/llama3 llama/tokenizer.py
-  [ [[(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+]] ] = "llama3",
+  [words .. [[\p{N}{1,3}]] .. tail] = "llama3",
 }
 
 local function read_file(dir, name, files)
