@@ -31,7 +31,7 @@ local random = require "halo.data.random"
 
 local M = {}
 
-local VERSION = 2 -- part of fingerprints: raise it when the same settings make other documents
+local VERSION = 3 -- part of fingerprints: raise it when the same settings make other documents
 local WALK = 256 -- tokens a needle may move back to a sentence's end
 
 --- Cities, all different, in one word or two; a key of the needle.
@@ -160,13 +160,14 @@ local function fill_in(text, city, number)
   return (text:gsub("{(%w+)}", { city = city, number = number }))
 end
 
--- Parts (ids, n, weight: a number, or memory of n) to one piece.
+-- Parts to one piece: n ids of memory from `from` on (not a pointer into it: that would not keep it
+-- alive), weight a number or memory of n.
 local function concat(parts)
   local n = 0
   for _, p in ipairs(parts) do n = n + p.n end
   local ids, weight, at = ffi.new("int32_t[?]", math.max(n, 1)), ffi.new("uint8_t[?]", math.max(n, 1)), 0
   for _, p in ipairs(parts) do
-    ffi.copy(ids + at, p.ids, p.n * 4)
+    ffi.copy(ids + at, p.ids + (p.from or 0), p.n * 4)
     if type(p.weight) == "number" then
       ffi.fill(weight + at, p.n, p.weight)
     else
@@ -205,24 +206,35 @@ local function draw_needles(self, rng, n)
   return list
 end
 
--- n tokens of filler, beginning after a sentence's end where one is near; wraps around when it is short.
-local function read_filler(self, rng, n)
+-- Where filler of n tokens begins: anywhere, then on to a sentence's end where one is near.
+local function filler_start(self, rng, n)
   local count = self.filler.count
-  local ids = ffi.new("int32_t[?]", math.max(n, 1))
   local from = count > n and rng:int(0, count - n - 1) or 0
   local near = math.min(WALK, count - from)
-  local before = self.filler:read(from, near)
+  local ids = self.filler:read(from, near)
   for i = 0, near - 2 do
-    if is_end(self.marks, before[i], before[i + 1]) and from + i + 1 + n <= count then
-      from = from + i + 1
-      break
-    end
+    if is_end(self.marks, ids[i], ids[i + 1]) then return from + i + 1 end
   end
-  local at = 0
+  return from
+end
+
+-- n tokens of filler, going around when the text is short; ends of documents are left out.
+local function read_filler(self, rng, n)
+  local count, stop = self.filler.count, self.tokenizer.document_end
+  local ids = ffi.new("int32_t[?]", math.max(n, 1))
+  local from, at, idle = filler_start(self, rng, n), 0, 0
   while at < n do
-    local m = math.min(n - at, count - from)
-    ffi.copy(ids + at, self.filler:read(from, m), m * 4)
-    at, from = at + m, 0
+    local m, before = math.min(n - at, count - from), at
+    local piece = self.filler:read(from, m)
+    for i = 0, m - 1 do
+      if piece[i] ~= stop then
+        ids[at] = piece[i]
+        at = at + 1
+      end
+    end
+    from = (from + m) % count
+    idle = at == before and idle + m or 0
+    if idle > count then errors.raise("data", "needles: the filler has nothing but ends of documents", 0) end
   end
   return ids
 end
@@ -254,7 +266,7 @@ local function lay_out(self, filler, n, events)
   end)
   local parts, done, position = { self.start }, 0, self.start.n
   for _, event in ipairs(events) do
-    parts[#parts + 1] = { ids = filler + done, n = event.at - done, weight = self.text_weight }
+    parts[#parts + 1] = { ids = filler, from = done, n = event.at - done, weight = self.text_weight }
     position, done = position + event.at - done, event.at
     for _, name in ipairs(event.parts) do
       if name == "needle" then
@@ -264,7 +276,7 @@ local function lay_out(self, filler, n, events)
       position = position + event.needle[name].n
     end
   end
-  parts[#parts + 1] = { ids = filler + done, n = n - done, weight = self.text_weight }
+  parts[#parts + 1] = { ids = filler, from = done, n = n - done, weight = self.text_weight }
   return parts
 end
 
