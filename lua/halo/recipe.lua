@@ -455,6 +455,13 @@ function M.resolve(recipe)
   return out
 end
 
+--- Resolved data for a path that stands in for a run's own, keeping what is said about it.
+function M.resolve_data(path, old)
+  local data = schema.resolve(schema.construct("text", { from = path }))
+  data.holdout = old and old.holdout or data.holdout
+  return data
+end
+
 --- Load, override and resolve in one go.
 function M.read(path, overrides) return M.resolve(M.override(M.load(path), overrides)) end
 

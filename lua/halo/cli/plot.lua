@@ -1,46 +1,52 @@
---- `halo plot RUN`: charts of a run, from its log.
+--- `halo plot RUN...`: charts of runs, from their logs.
+local errors = require "halo.errors"
 local fs = require "halo.fs"
-local heatmap = require "halo.heatmap"
-local report = require "halo.report"
+local term = require "halo.term"
 
 local M = {
   name = "plot",
-  summary = "Draw a run: loss, needle maps, sparsity, ring, perplexity.",
-  example = "halo plot runs/2026-11-22-143005-tiny --what niah",
+  summary = "Draw a run: report.html with all charts, or one kind of chart.",
+  example = "halo plot runs/2026-01-31-120000-tiny --what loss",
 }
 
+local kinds = { "loss", "niah", "ppl", "sparsity", "ring" }
+
 function M.define(command)
-  command:argument("run", "a run folder")
-  command:option("--what -w", "only these charts"):choices { "loss", "niah", "ppl", "sparsity", "ring" }
-  command:option("--out -o", "folder for the SVG files (default: RUN/plots)"):argname "DIR"
-  command:flag("--text", "needle maps in the terminal instead of files")
+  command:argument("run", "run folders"):args "+"
+  command:option("--what -w", "only these charts: " .. table.concat(kinds, ", ")):choices(kinds):argname "KIND"
+end
+
+-- A first look in the terminal; the charts are in the files.
+local function preview(report, run, what)
+  if what and what ~= "loss" then return end
+  local losses = {}
+  for i, step in ipairs(run.steps) do losses[i] = step.loss end
+  if #losses == 0 then return end
+  print(("loss  %.4f %s %.4f  (%d steps)"):format(losses[1], term.sparkline(losses, 60), losses[#losses], #losses))
 end
 
 function M.run(options)
-  local run = report.read(options.run)
-  if options.text then
-    for _, e in ipairs(run.evals) do
-      if e.name == "niah" then
-        io.stdout:write(heatmap.text(e.result, ("%s step %d: %.0f %%"):format(e.moment, e.step, 100 * e.result.score)), "\n")
-      end
+  local report = require "halo.report"
+  for _, target in ipairs(options.run) do
+    local folder = require("halo.checkpoint").run_folder(target)
+    if not fs.is_file(folder .. "/train.jsonl") then
+      errors.raise("usage", ("%s is no run folder (no train.jsonl in it)"):format(target), 0)
     end
-    return 0
+    local run = report.read(folder)
+    preview(report, run, options.what)
+    if options.what then
+      local charts = report.charts(run, options.what)
+      if #charts == 0 then print(("%s: this run has nothing to draw for %s"):format(folder, options.what)) end
+      fs.mkdir(folder .. "/plots")
+      for _, chart in ipairs(charts) do
+        local path = ("%s/plots/%s.svg"):format(folder, chart.name)
+        fs.write(path, chart.svg)
+        print(path)
+      end
+    else
+      print(report.write(folder))
+    end
   end
-  local charts = report.charts(run, options.what)
-  local folder = options.out or options.run .. "/plots"
-  fs.mkdir(folder)
-  for _, c in ipairs(charts) do
-    local path = ("%s/%s.svg"):format(folder, c.name)
-    fs.write(path, c.svg)
-    io.stdout:write(path, "\n")
-  end
-  if #charts == 0 then
-    io.stderr:write(("halo: %s has nothing to draw%s yet\n"):format(options.run,
-      options.what and " for " .. options.what or ""))
-    return 0
-  end
-  if not options.what and not options.out then io.stdout:write(report.write(options.run), "\n") end
-  return 0
 end
 
 return M
