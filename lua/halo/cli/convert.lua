@@ -39,11 +39,11 @@ end
 
 -- Logits of a fixed prompt as numbers, for comparing two models.
 local function logits_of(m, attending)
-  local autograd, tensor = require "halo.autograd", require "halo.tensor"
+  local autograd, memory = require "halo.autograd", require "halo.memory"
   local ids = {}
   for i = 1, 32 do ids[i] = (i * 7919) % m.config.vocab end
   return autograd.no_grad(function()
-    return tensor.scope(function()
+    return memory.scope(function()
       attending:set_context(#ids, 1)
       local local_ids, positions = attending:cut(ids)
       local run = { attend = function(l, q, k, v) return attending:attend(l, q, k, v) end }
