@@ -24,7 +24,7 @@ local memory = require "halo.memory"
 local tensor = require "halo.tensor"
 local tokenizer = require "halo.tokenizer"
 
-local C, ffi = halo_ffi.C, halo_ffi.ffi
+local C = halo_ffi.C
 
 local Job = {}
 Job.__index = Job
@@ -107,14 +107,7 @@ function M.new(recipe, o)
 end
 
 --- A 64-bit number that differs when any weight differs; equal on all ranks of a healthy job.
-function Job:weights_hash()
-  local h, one = 0ULL, ffi.new "uint64_t[1]"
-  for _, p in ipairs(self.model.parameters) do
-    halo_ffi.check(C.halo_tensor_hash(p.tensor, one))
-    h = bit.bxor(bit.rol(h, 7), one[0])
-  end
-  return h
-end
+function Job:weights_hash() return self.model:hash() end
 
 ---- Stages ---------------------------------------------------------------------------------------
 

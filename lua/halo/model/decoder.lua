@@ -13,10 +13,13 @@
 -- loss in chunks of rows, and with `recompute` each layer keeps its input only.
 local autograd = require "halo.autograd"
 local errors = require "halo.errors"
+local halo_ffi = require "halo.ffi"
 local init_weights = require "halo.model.init_weights"
 local ops = require "halo.ops"
 local rope = require "halo.rope"
 local tensor = require "halo.tensor"
+
+local ffi = halo_ffi.ffi
 
 local Model = {}
 Model.__index = Model
@@ -235,6 +238,16 @@ function Model:flops_per_token(context, density)
   local n = M.count(c)
   if not c.tie then n = n - c.vocab * c.width end -- looking up an embedding costs nothing
   return 6 * n + 6 * c.layers * c.heads * c.head_dim * context * (density or 1)
+end
+
+--- A 64-bit number that differs when any weight differs.
+function Model:hash()
+  local h, one = 0ULL, ffi.new "uint64_t[1]"
+  for _, p in ipairs(self.parameters) do
+    halo_ffi.check(halo_ffi.C.halo_tensor_hash(p.tensor, one))
+    h = bit.bxor(bit.rol(h, 7), one[0])
+  end
+  return h
 end
 
 --- Number of parameters.
