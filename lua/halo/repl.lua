@@ -40,6 +40,7 @@ local function make_environment(session)
   env._values = function(...) return ... end
   env.ranks = function(value) session:show_ranks(value) end
   env.who = function() session:who() end
+  for name, value in pairs(require("halo.workbench").names(session.bench)) do env[name] = value end
   local own = {}
   for name in pairs(env) do own[name] = true end
   session.own_names = own
@@ -48,8 +49,8 @@ local function make_environment(session)
   local function fallback(name)
     local value = rawget(_G, name)
     if value ~= nil then return value end
+    if name == "job" and session.has_job then return session.bench:job() end
     if modules[name] then return halo[name] end
-    if name:match "^_%d*$" then return nil end
   end
   require("halo.strict").enable("warn", { env = env, fallback = fallback,
     warn = function(text) session:note("yellow", text) end })
@@ -228,6 +229,7 @@ A line is a Lua expression, whose value is shown, or statements.
   x;         a semicolon hushes the value        _  _1 _2    the last values
   $ command  ask the shell                       who()       your variables
   ranks(x)   x on every rank                     :jit on     compile lines (Ctrl-C then waits)
+  With a recipe (in R) or a run: step(n)  undo()  generate(text)  probe(layer)  job
   Tab        complete names, fields, files       Ctrl-D      leave]]
 
 -- Lines that are not Lua. Returns true when the line was one.
@@ -304,7 +306,7 @@ local plain_host = {
 }
 
 --- A session.
--- @tparam[opt] table o `recipe` (node, becomes R), `ranks`
+-- @tparam[opt] table o `recipe` (node, becomes R), or `target` (a run, checkpoint or model folder)
 function M.new(o)
   o = o or {}
   local ranks, rank = launch.job()
@@ -313,15 +315,19 @@ function M.new(o)
     is_tty = term.is_tty(0) and term.is_tty(1),
   }, Session)
   if ranks > 1 then session.world = require("halo.comm").world() end
+  session.bench = require("halo.workbench").new { recipe = o.recipe, target = o.target,
+    say = function(text) session:print(text) end }
+  session.has_job = o.recipe ~= nil or o.target ~= nil
   session.env = make_environment(session)
-  if o.recipe then
-    rawset(session.env, "R", o.recipe)
+  local R = o.recipe or session.bench:saved_recipe()
+  if R then
+    rawset(session.env, "R", R)
     session.own_names.R = true
   end
   return session
 end
 
-local function banner(session, recipe)
+local function banner(session, o)
   local halo = require "halo"
   local memory = fs.read "/proc/meminfo"
   local total = memory and tonumber(memory:match "MemTotal:%s+(%d+)")
@@ -329,7 +335,8 @@ local function banner(session, recipe)
     ("%d core%s %s"):format(require("halo.process").cores(), require("halo.process").cores() == 1 and "" or "s",
       total and term.bytes(total * 1024) or "") }
   if session.ranks > 1 then parts[#parts + 1] = ("%d ranks"):format(session.ranks) end
-  if recipe then parts[#parts + 1] = ('recipe "%s" in R'):format(recipe.name) end
+  if o.recipe then parts[#parts + 1] = ('recipe "%s" in R'):format(o.recipe.name) end
+  if o.target then parts[#parts + 1] = o.target end
   session:print(table.concat(parts, " · ") .. "      ? help · ? name · Ctrl-D leaves")
 end
 
@@ -360,7 +367,7 @@ function M.run(o)
     local path = history_path()
     if path then host.history(path) end
     host.completer(function(line) return require("halo.complete").complete(line, session.env) end)
-    banner(session, o.recipe)
+    banner(session, o)
   end
   if session.is_first then host.catch_interrupts(true) end
   while session:turn() do end

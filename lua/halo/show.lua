@@ -6,7 +6,7 @@ local term = require "halo.term"
 
 local M = {}
 
-local MAX_ENTRIES, MAX_DEPTH, MAX_STRING = 24, 3, 200
+local MAX_ENTRIES, MAX_DEPTH, MAX_STRING, MAX_TEXT = 24, 3, 200, 10000
 
 local function is_word(s) return type(s) == "string" and s:match "^[%a_][%w_]*$" ~= nil end
 
@@ -108,6 +108,8 @@ function M.value(v, width)
     local text = schema.show(v)
     return #text <= width and text or node_lines(v)
   end
+  -- Text of several lines is meant to be read, not to be quoted.
+  if type(v) == "string" and v:find "\n" and #v <= MAX_TEXT then return (v:gsub("\n$", "")) end
   return render(v, 0, {}, width)
 end
 

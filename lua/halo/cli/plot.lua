@@ -17,12 +17,14 @@ function M.define(command)
 end
 
 -- A first look in the terminal; the charts are in the files.
-local function preview(report, run, what)
+local function preview(run, what)
   if what and what ~= "loss" then return end
-  local losses = {}
+  local losses, heights = {}, {}
   for i, step in ipairs(run.steps) do losses[i] = step.loss end
   if #losses == 0 then return end
-  print(("loss  %.4f %s %.4f  (%d steps)"):format(losses[1], term.sparkline(losses, 60), losses[#losses], #losses))
+  local low = math.min(unpack(losses, 1, math.min(#losses, 5000)))
+  for i, loss in ipairs(losses) do heights[i] = loss - low end
+  print(("loss  %.4f %s %.4f  (%d steps)"):format(losses[1], term.sparkline(heights, 60), losses[#losses], #losses))
 end
 
 function M.run(options)
@@ -33,7 +35,7 @@ function M.run(options)
       errors.raise("usage", ("%s is no run folder (no train.jsonl in it)"):format(target), 0)
     end
     local run = report.read(folder)
-    preview(report, run, options.what)
+    preview(run, options.what)
     if options.what then
       local charts = report.charts(run, options.what)
       if #charts == 0 then print(("%s: this run has nothing to draw for %s"):format(folder, options.what)) end

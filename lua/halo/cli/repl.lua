@@ -1,5 +1,6 @@
 --- `halo repl [RECIPE]`: the prompt.
 local cli = require "halo.cli"
+local fs = require "halo.fs"
 local launch = require "halo.launch"
 local process = require "halo.process"
 local term = require "halo.term"
@@ -11,7 +12,7 @@ local M = {
 }
 
 function M.define(command)
-  command:argument("recipe", "a recipe, or the name of one in recipes/; its parts are in R"):args "?"
+  command:argument("recipe", "a recipe (in R then), a run's folder, a checkpoint, or a model folder"):args "?"
   command:argument("overrides", "changes to it, as mesh.cp=2"):args "*"
   command:option("--ranks -n", "run every line on N processes"):convert(cli.count):argname "N"
 end
@@ -31,12 +32,10 @@ function M.run(options)
       if process.take_terminal() then process.setenv("HALO_TTY", "012") end
     end
   end
-  local recipe
-  if options.recipe then
-    local _, node = cli.read_recipe(options)
-    recipe = node
-  end
-  return require("halo.repl").run { recipe = recipe }
+  if not options.recipe then return require("halo.repl").run() end
+  if fs.is_dir(options.recipe) then return require("halo.repl").run { target = options.recipe } end
+  local _, node = cli.read_recipe(options)
+  return require("halo.repl").run { recipe = node }
 end
 
 return M
