@@ -376,7 +376,8 @@ HALO_API halo_status halo_plan_add_tiles(halo_plan *p, int64_t batch, int64_t he
 HALO_API halo_status halo_plan_force(halo_plan *p, int64_t sink, int64_t window, int32_t diagonal);
 /* Document id of each token, [B, N] int32 in global order; attention never crosses documents. */
 HALO_API halo_status halo_plan_set_documents(halo_plan *p, const int32_t *documents);
-/* Canonicalise (sort, deduplicate, clip) and freeze. Free to share between layers and threads. */
+/* Canonicalise (sort, deduplicate, clip) and freeze. From here on a plan is a value, free to share
+ * between layers; what a rank executes of it is made on first use, by one thread at a time. */
 HALO_API halo_status halo_plan_finish(halo_plan *p);
 
 /* The same selection for other documents: a frozen plan on the next batch. `p` is finished; sequence b
@@ -479,13 +480,16 @@ HALO_API halo_status halo_attention_cached(halo_tensor **out, halo_tensor **lse_
                                            const halo_tensor *query_positions, double scale);
 
 /* Vertical-slash selection from the last `probe` queries of the sequence (mtraining.md 1; MInference,
- * arXiv 2407.02490): softmax of the probe rows over all keys, summed down columns (verticals) and
- * along diagonals (slashes), fp32 in a fixed order that does not depend on W, ties to the lower
- * index, heads shared out over ranks. Fixed budgets: the best `verticals` columns and `slashes`
- * offsets. Top-p: the smallest prefix of the sorted scores whose sum reaches mass_vertical /
- * mass_slash of the total, the crossing entry included, at most `verticals` / `slashes` of them;
- * a mass of 0 means fixed budgets. Adds diagonals and columns to `plan` (unfinished) for all B, H.
- * q [B,T,H,D], k [B,T,Hk,D] as in halo_attention. Collective over the ring. No gradient. */
+ * arXiv 2407.02490): softmax of the probe rows over all keys of their document, summed down columns
+ * (verticals) and along diagonals i - j (slashes, offsets of tokens; each then selects the block
+ * distances it crosses). Logits and exponentials are fp32 (fp64 for fp64 input), sums in a fixed order
+ * that does not depend on W, ties to the lower index, heads shared out over ranks: every rank gets the
+ * plan that one rank would make. Fixed budgets: the best `verticals` columns and `slashes` offsets.
+ * Top-p: the smallest prefix of the sorted scores whose sum reaches mass_vertical / mass_slash of the
+ * total, the crossing entry included, at most `verticals` / `slashes` of them; a mass of 0 means fixed
+ * budgets. Adds diagonals and columns to `plan` (unfinished, documents already set) for all B, H.
+ * q [B,T,H,D], k [B,T,Hk,D] as in halo_attention. Collective over the ring. No gradient.
+ * errors   HALO_ENUMERIC on every rank when a row is not finite */
 HALO_API halo_status halo_select_vertical_slash(halo_plan *plan, const halo_tensor *q,
                                                 const halo_tensor *k, halo_ring *ring, double scale,
                                                 int64_t probe, int64_t verticals, int64_t slashes,

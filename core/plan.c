@@ -63,6 +63,7 @@ halo_status halo__plan_alloc(void *out_pointer, int64_t n, int64_t bytes) {
 }
 
 halo_status halo__plan_need(const halo_plan *p, const char *what) {
+  HALO_CHECK(p, HALO_EARG, "%s: plan is NULL", what);
   HALO_CHECK(p->finished, HALO_ESTATE, "%s: the plan is not finished; call halo_plan_finish", what);
   return HALO_OK;
 }

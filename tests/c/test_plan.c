@@ -624,6 +624,7 @@ static void wrong_requests_are_refused(void) {
   CHECK_STATUS(halo_plan_add_columns(p, 0, 0, NULL, 1), HALO_EARG);
   CHECK_STATUS(halo_plan_force(p, -1, 0, 0), HALO_EARG);
   CHECK_STATUS(halo_plan_density(p, 0, 0, &d, NULL), HALO_ESTATE);
+  CHECK_STATUS(halo_plan_density(NULL, 0, 0, &d, NULL), HALO_EARG);
   CHECK(halo_plan_hash(p) == 0 && !halo_plan_visible(p, 0, 0, 0, 0));
   const halo__slice *slice;
   CHECK_STATUS(halo__plan_slice(&slice, p, 0, 0), HALO_ESTATE);
