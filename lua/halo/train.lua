@@ -125,6 +125,8 @@ function M.run(recipe, o)
       end
     end
     run.actions:finally()
+    -- What a run came to, in one number: equal runs end with equal weights.
+    run.log:event { kind = "end", step = job.step_index, weights = bit.tohex(job:weights_hash(), 16) }
     return 0
   end, function(e) return errors.wrap(e, 2) end)
   run.log:close()
