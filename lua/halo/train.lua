@@ -52,7 +52,8 @@ end
 
 local function write_run_files(folder, recipe)
   recipe_module.save(recipe, folder)
-  fs.write(folder .. "/env.json", json.encode(require("halo.doctor").environment(), { pretty = true }) .. "\n")
+  local found, doctor = pcall(require, "halo.doctor")
+  if found then fs.write(folder .. "/env.json", json.encode(doctor.environment(), { pretty = true }) .. "\n") end
 end
 
 -- Requests that signals left on any rank, as this step's common answer.
