@@ -169,7 +169,7 @@ function Job:micro_step(step, micro)
   return memory.scope(function()
     local loss, count = self.model:loss(batch.ids, batch.labels, self:run_of(batch))
     local sum, n = loss:item(), count:item()
-    if n > 0 then loss:backward() end
+    loss:backward() -- also where this rank has no label: its keys serve the queries of others
     return sum, n
   end)
 end
