@@ -142,6 +142,12 @@ typedef struct REAL(block) {
   acc *dk, *dv;           /* [K,E] where gradients must be padded or scattered */
 } REAL(block);
 
+/* Small work is done by one thread: starting the others costs more (10 us on an idle machine, a time
+ * slice on a busy one). The bound is one tile of 64 x 64 x 64 or so per head of a small model. */
+static inline bool REAL(is_worth_sharing)(const halo_attention_queries *a) {
+  return a->n_batch * a->n_heads * a->n_blocks * a->block * a->block * a->head_size > 1 << 20;
+}
+
 /* Elements of acc one thread needs, and the same layout dealt out from `base`. */
 static inline int64_t REAL(block_deal)(REAL(block) *b, acc *base, int64_t block, int64_t head_size,
                                 int64_t max_keys, bool is_backward) {

@@ -43,7 +43,7 @@ static halo_status REAL(cached)(real *out, acc *lse, const real *q, const real *
   const int64_t n_chunks = (n_rows + most - 1) / most;
   acc *scratch;
   HALO_TRY(halo__scratch((void **)&scratch, each * omp_get_max_threads(), sizeof(acc)));
-#pragma omp parallel
+#pragma omp parallel if (n_batch * n_rows * n_kv_heads * length * D > 1 << 20)
   {
     REAL(block) b;
     REAL(block_deal)(&b, scratch + each * omp_get_thread_num(), most, D, KEYS_TOGETHER, false);

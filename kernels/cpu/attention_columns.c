@@ -103,7 +103,7 @@ static halo_status REAL(columns_fwd)(const halo_attention_queries *a,
   acc *scratch;
   HALO_TRY(halo__scratch((void **)&scratch, each * omp_get_max_threads(), sizeof(acc)));
   const int64_t n_tasks = a->n_batch * a->n_heads * a->n_blocks;
-#pragma omp parallel
+#pragma omp parallel if (REAL(is_worth_sharing)(a))
   {
     REAL(block) b;
     REAL(block_deal)(&b, scratch + each * omp_get_thread_num(), a->block, a->head_size, TOGETHER,
@@ -130,7 +130,7 @@ static void REAL(sum_groups)(const halo_attention_queries *a, const halo_attenti
   const int64_t group = a->n_heads / a->n_kv_heads, D = a->head_size;
   memset(c->dk, 0, (size_t)(c->n_entries * D) * sizeof(acc));
   memset(c->dv, 0, (size_t)(c->n_entries * D) * sizeof(acc));
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (c->n_entries * D > 1 << 16)
   for (int64_t g = 0; g < a->n_batch * a->n_kv_heads; g++) { // groups own disjoint entries
     for (int64_t u = g * group; u < (g + 1) * group; u++) {
       for (int64_t x = c->slot_offset[u]; x < c->slot_offset[u + 1]; x++) {
@@ -158,7 +158,7 @@ static halo_status REAL(columns_bwd)(const halo_attention_queries *a,
     return status;
   }
   acc *own_v = own_k + own;
-#pragma omp parallel
+#pragma omp parallel if (REAL(is_worth_sharing)(a))
   {
     REAL(block) b;
     REAL(block_deal)(&b, scratch + each * omp_get_thread_num(), a->block, a->head_size, TOGETHER,
@@ -185,7 +185,7 @@ static halo_status REAL(columns_bwd)(const halo_attention_queries *a,
 
 static halo_status REAL(columns_add)(real *dk, real *dv, const real *parts, const int64_t *rows,
                                      int64_t n, int64_t n_parts, int64_t head_size) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n * n_parts * head_size > 1 << 15)
   for (int64_t e = 0; e < n; e++) { // every row occurs once
     for (int64_t p = 0; p < n_parts; p++) {
       const real *part = parts + (p * n + e) * 2 * head_size;

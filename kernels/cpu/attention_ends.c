@@ -42,10 +42,14 @@ halo_status halo_cpu_attention_merge(halo_dtype t, void *o, void *lse, const voi
 
 #else
 
+static bool REAL(is_large)(const halo_attention_queries *a) {
+  return a->n_batch * a->n_heads * a->block * a->n_blocks * a->head_size > 1 << 16;
+}
+
 static halo_status REAL(begin)(const halo_attention_queries *a) {
   const int64_t rows = a->n_batch * a->n_heads * a->block * a->n_blocks;
   acc *o = a->o, *m = a->m, *l = a->l;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (REAL(is_large)(a))
   for (int64_t i = 0; i < rows; i++) {
     m[i] = -INFINITY;
     l[i] = 0;
@@ -57,7 +61,7 @@ static halo_status REAL(begin)(const halo_attention_queries *a) {
 static halo_status REAL(finish)(void *out_in, const int64_t *out_stride, void *lse_in,
                                 const int64_t *lse_stride, const halo_attention_queries *a) {
   const int64_t T = a->block * a->n_blocks, D = a->head_size;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (REAL(is_large)(a))
   for (int64_t row = 0; row < a->n_batch * a->n_heads * T; row++) {
     const int64_t t = row % T, head = row / T % a->n_heads, batch = row / T / a->n_heads;
     const acc m = ((const acc *)a->m)[row], l = ((const acc *)a->l)[row];
@@ -74,7 +78,7 @@ static halo_status REAL(finish)(void *out_in, const int64_t *out_stride, void *l
 static halo_status REAL(delta)(void *delta_in, const void *out_in, const int64_t *out_stride,
                                const halo_attention_queries *a) {
   const int64_t T = a->block * a->n_blocks;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (REAL(is_large)(a))
   for (int64_t row = 0; row < a->n_batch * a->n_heads * T; row++) {
     const int64_t t = row % T, head = row / T % a->n_heads, batch = row / T / a->n_heads;
     const real *out = (const real *)out_in + batch * out_stride[0] + t * out_stride[1] +
@@ -92,7 +96,7 @@ static halo_status REAL(dq_finish)(void *dq_in, const int64_t *dq_stride,
                                    const halo_attention_queries *a) {
   const int64_t T = a->block * a->n_blocks, D = a->head_size;
   const int64_t rows = a->n_batch * a->n_heads * T;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (REAL(is_large)(a))
   for (int64_t row = 0; row < rows; row++) {
     const int64_t t = row % T, head = row / T % a->n_heads, batch = row / T / a->n_heads;
     real *dq = (real *)dq_in + batch * dq_stride[0] + t * dq_stride[1] + head * dq_stride[2];
@@ -109,7 +113,7 @@ static halo_status REAL(dq_finish)(void *dq_in, const int64_t *dq_stride,
 static halo_status REAL(merge)(real *o, acc *lse, const real *o_part, const acc *lse_part,
                                int64_t n_batch, int64_t n_tokens, int64_t n_heads,
                                int64_t head_size) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n_batch * n_tokens * n_heads * head_size > 1 << 16)
   for (int64_t row = 0; row < n_batch * n_tokens * n_heads; row++) { // [B,T,H]
     const int64_t head = row % n_heads, bt = row / n_heads;
     const int64_t at = (bt / n_tokens * n_heads + head) * n_tokens + bt % n_tokens; // [B,H,T]

@@ -86,7 +86,7 @@ static halo_status REAL(tiles_fwd)(const halo_attention_queries *a,
   HALO_TRY(halo__scratch((void **)&scratch, each * omp_get_max_threads(), sizeof(acc)));
   const int64_t T = a->block * a->n_blocks, group = a->n_heads / a->n_kv_heads;
   const int64_t n_tasks = a->n_batch * a->n_heads * a->n_blocks;
-#pragma omp parallel
+#pragma omp parallel if (REAL(is_worth_sharing)(a))
   {
     REAL(block) b;
     REAL(block_deal)(&b, scratch + each * omp_get_thread_num(), a->block, a->head_size, a->block,
@@ -119,7 +119,7 @@ static halo_status REAL(tiles_bwd)(const halo_attention_queries *a,
   const int64_t T = a->block * a->n_blocks, group = a->n_heads / a->n_kv_heads;
   const int64_t G = a->block, D = a->head_size, n_parts = a->n_parts;
   const int64_t n_tasks = a->n_batch * a->n_kv_heads * n_parts;
-#pragma omp parallel
+#pragma omp parallel if (REAL(is_worth_sharing)(a))
   {
     REAL(block) b;
     REAL(block_deal)(&b, scratch + each * omp_get_thread_num(), a->block, a->head_size, a->block,

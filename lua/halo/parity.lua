@@ -1,220 +1,304 @@
 --- Proof on this machine: a ring of W ranks computes what one rank computes.
 --
 -- Ring attention can drift silently: the loss looks fine while gradients of deep models go wrong with the
--- number of ranks. So `halo doctor --parity` takes the engine as it is built here, runs attention forward
--- and backward on W virtual ranks (all code of the ring but the wires), and compares out, lse, dQ, dK and
--- dV each with one rank, for every layout and schedule, dense, sparse and packed; and sparse attention
--- that selects everything with dense attention. Lengths do not divide: padding is part of what is proven.
+-- number of ranks. Two proofs, both of attention forward and backward over virtual ranks (all code of the
+-- ring but the wires), both comparing out, lse, dQ, dK and dV each:
 --
--- Error: largest difference over the largest reference value. Limits: fp64 1e-12, fp32 1e-5, because
--- the order of summation differs between W ranks and one, and nothing else may.
+--    parity.run      W ranks against one in the same precision, over every layout and schedule, dense,
+--                    sparse and packed, and sparse attention that selects everything against dense:
+--                    what `halo doctor --parity` shows
+--    parity.drift    the error against one fp64 rank as W grows: partial results that lose digits at
+--                    every hop show here (distributed.md 3)
+--
+-- `parity.compute` is the run itself, over any communicator; tests compare processes with virtual ranks.
+-- Lengths do not divide: padding is part of what is proven. An error is the largest difference over the
+-- largest reference value.
+local args = require "halo.args"
+local attention = require "halo.attention"
+local comms = require "halo.comm"
+local errors = require "halo.errors"
 local halo_ffi = require "halo.ffi"
+local layouts = require "halo.layout"
+local plans = require "halo.plan"
+local rings = require "halo.ring"
+local tensor = require "halo.tensor"
 
-local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
+local ffi, C = halo_ffi.ffi, halo_ffi.C
 
 local M = {}
 
+--- What is compared, in the order of tables.
+M.parts = { "out", "lse", "dq", "dk", "dv" }
+
+--- Largest error that passes: the order of summation differs between W ranks and one, nothing else may.
 M.limits = { f64 = 1e-12, f32 = 1e-5 }
 
-local N, B, H, Hk, D, G = 331, 1, 4, 2, 16, 16
-local layouts = { contiguous = "HALO_LAYOUT_CONTIGUOUS", zigzag = "HALO_LAYOUT_ZIGZAG", striped = "HALO_LAYOUT_STRIPED" }
-local schedules = { flat = "HALO_SCHEDULE_FLAT", hierarchical = "HALO_SCHEDULE_HIERARCHICAL",
-  gather = "HALO_SCHEDULE_GATHER" }
+local shape_fields = {
+  tokens = { "int", 1000 }, batch = { "int", 1 }, heads = { "int", 4 }, kv_heads = { "int", 2 },
+  head_dim = { "int", 64 }, block = { "int", 32 }, layout = { "string", "striped" },
+  schedule = { "string", "flat" }, inner = "int?", plan = { "string", "sparse" }, documents = { "boolean", false },
+  seed = { "int", 1 },
+}
 
--- out[0] of a constructor, freed when collected.
-local function make(kind, free, f, ...)
-  local slot = ffi.new(kind .. " *[1]")
-  check(f(slot, ...), 2)
-  return ffi.gc(slot[0], free)
+local function with(fields)
+  local all = {}
+  for name, kind in pairs(shape_fields) do all[name] = kind end
+  for name, kind in pairs(fields) do all[name] = kind end
+  return all
 end
 
--- Fixed random global tensors as plain host arrays: [B,N,heads,D].
-local function global_values(stream, heads)
-  local n = B * N * heads * D
-  local out = ffi.new("double[?]", n)
-  for i = 0, n - 1 do out[i] = 2 * C.halo_random_uniform(7, stream, i) - 1 end
-  return out
+local function dice(o, stream, index, n)
+  return math.floor(C.halo_random_uniform(o.seed, stream, index) * n)
 end
 
-local patterns = {}
-
-function patterns.dense(plan) check(C.halo_plan_add_all(plan, -1, -1)) end
-
-function patterns.sparse(plan)
-  for h = 0, H - 1 do
-    check(C.halo_plan_add_diagonals(plan, -1, h, ffi.new("int64_t[3]", { 0, 2 + h, 9 }), 3))
-    check(C.halo_plan_add_columns(plan, -1, h, ffi.new("int64_t[4]", { 3, 40 + h, 100, 250 }), 4))
+-- A plan with a bit of everything: diagonals, columns and tiles that differ by head, and force rules.
+local function make_plan(o, layout)
+  local p = plans.new { layout = layout, heads = o.heads, batch = o.batch }
+  local blocks = math.ceil(o.tokens / o.block)
+  if o.plan == "dense" then
+    p:add_all()
+  elseif o.plan == "all tiles" then
+    local tiles = {}
+    for query = 0, blocks - 1 do
+      for key = 0, query do tiles[#tiles + 1] = { query, key } end
+    end
+    p:add_tiles(tiles)
+  elseif o.plan == "sparse" then
+    for head = 1, o.heads do
+      local where, diagonals, columns, tiles = { head = head }, {}, {}, {}
+      for i = 1, 3 do diagonals[i] = dice(o, 100 + head, i, blocks) end
+      for i = 1, 24 do columns[i] = dice(o, 200 + head, i, o.tokens) end
+      for i = 1, blocks do
+        local query = dice(o, 300 + head, i, blocks)
+        tiles[i] = { query, dice(o, 400 + head, i, query + 1) }
+      end
+      p:add_diagonals(diagonals, where):add_columns(columns, where):add_tiles(tiles, where)
+    end
+    p:force { sink = 4, window = o.block }
+  else
+    errors.raise("usage", ('parity: no plan "%s" (there is: all tiles, dense, sparse)'):format(o.plan), 3)
   end
-  check(C.halo_plan_force(plan, 4, 24, 1))
+  if o.documents then
+    local documents = ffi.new("int32_t[?]", o.batch * o.tokens)
+    for b = 0, o.batch - 1 do
+      local id = 0
+      for t = 0, o.tokens - 1 do
+        if dice(o, 500 + b, t, 200) == 0 then id = id + 1 end
+        documents[b * o.tokens + t] = id
+      end
+    end
+    p:set_documents(documents)
+  end
+  return p:finish()
 end
 
-function patterns.packed(plan)
-  patterns.sparse(plan)
-  local documents = ffi.new("int32_t[?]", B * N)
-  for i = 0, B * N - 1 do documents[i] = math.floor(i / 97) end
-  check(C.halo_plan_set_documents(plan, documents))
+-- Value `what` (1 q, 2 k, 3 v, 4 gradient) of all tokens, fp32 values, `[B,N,heads,D]`.
+local function global_values(o, what, heads)
+  return tensor.normal { o.batch, o.tokens, heads, o.head_dim, seed = o.seed, stream = what }
 end
 
--- Everything selected, tile by tile: must be dense attention.
-patterns["all tiles"] = function(plan)
-  local blocks = math.ceil(N / G)
-  local count = blocks * (blocks + 1) / 2
-  local queries, keys, n = ffi.new("int64_t[?]", count), ffi.new("int64_t[?]", count), 0
-  for i = 0, blocks - 1 do
-    for j = 0, i do
-      queries[n], keys[n] = i, j
-      n = n + 1
+-- The tokens that live in this process, padding zero.
+local function deal(o, global, layout, comm, dtype)
+  local heads = global.shape[3]
+  local row, T, here = heads * o.head_dim, layout:local_tokens(), comm:here()
+  local from = global:host()
+  local to = ffi.new("float[?]", o.batch * here * T * row)
+  for b = 0, o.batch - 1 do
+    for i = 0, here * T - 1 do
+      local token = layout:global(comm:rank() + math.floor(i / T), i % T)
+      if token < o.tokens then
+        ffi.copy(to + (b * here * T + i) * row, from + (b * o.tokens + token) * row, row * 4)
+      end
     end
   end
-  check(C.halo_plan_add_tiles(plan, -1, -1, queries, keys, n))
+  local t = tensor.from_pointer(to, { shape = { o.batch, here * T, heads, o.head_dim } })
+  return dtype == "f32" and t or t:cast(dtype)
 end
 
--- Global token of every row of the stacked local tensors; >= N is padding.
-local function row_map(layout, ranks)
-  local rows = tonumber(C.halo_layout_local_tokens(layout))
-  local map = ffi.new("int64_t[?]", rows * ranks)
-  for r = 0, ranks - 1 do check(C.halo_layout_map(layout, r, map + r * rows)) end
-  return map, rows * ranks
-end
-
--- A tensor of the rows in `map` of a global array, padding zero.
-local function scatter(values, map, rows, heads, dtype)
-  local width = heads * D
-  local host = ffi.new(dtype == "f64" and "double[?]" or "float[?]", rows * width)
-  for row = 0, rows - 1 do
-    local token = tonumber(map[row])
-    if token < N then
-      for i = 0, width - 1 do host[row * width + i] = values[token * width + i] end
+-- All tokens in global order as doubles, from the parts of all processes. `rows` is what a token holds,
+-- `outer` the dims before the tokens.
+local function collect(o, t, layout, comm, outer, row)
+  local out = ffi.new("double[?]", outer * o.tokens * row)
+  local T = layout:local_tokens()
+  for process, part in ipairs(comm:all_gather_tensor(t)) do
+    local host = part:host()
+    local here = part.count / (outer * T * row)
+    for a = 0, outer - 1 do
+      for i = 0, here * T - 1 do
+        local token = layout:global((process - 1) * here + math.floor(i / T), i % T)
+        if token < o.tokens then
+          for x = 0, row - 1 do out[(a * o.tokens + token) * row + x] = host[(a * here * T + i) * row + x] end
+        end
+      end
     end
   end
-  return make("halo_tensor", C.halo_tensor_free, C.halo_tensor_from, dtype == "f64" and C.HALO_F64 or C.HALO_F32,
-    C.HALO_CPU, 4, ffi.new("int64_t[4]", { B, rows, heads, D }), host)
+  return { values = out, count = outer * o.tokens * row }
 end
 
--- Rows of a tensor back in global order, as doubles; the last dims have `width` elements per token.
-local function gather(tensor, map, rows, width, dtype)
-  local host = ffi.new(dtype == "f64" and "double[?]" or "float[?]", rows * width)
-  check(C.halo_tensor_read(tensor, host))
-  local out = ffi.new("double[?]", N * width)
-  for row = 0, rows - 1 do
-    local token = tonumber(map[row])
-    if token < N then
-      for i = 0, width - 1 do out[token * width + i] = host[row * width + i] end
+--- Attention and its gradients over the ranks of a communicator, from inputs that depend on the seed
+-- alone; every process gets the whole result. Collective.
+-- @tparam table o sizes as in `parity.drift`, and:
+-- @tparam Comm o.comm
+-- @tparam[opt="f32"] string o.dtype
+-- @treturn table out, lse, dq, dk, dv: `{ values = double[], count }` in global order
+function M.compute(o)
+  o = args.named("parity.compute", o, with { comm = "table", dtype = { "string", "f32" } })
+  local layout = layouts.new { kind = o.layout, tokens = o.tokens, world = o.comm:size(), block = o.block }
+  local ring = rings.new { comm = o.comm, schedule = o.schedule, inner = o.inner }
+  local plan = make_plan(o, layout)
+  local q = deal(o, global_values(o, 1, o.heads), layout, o.comm, o.dtype):require_grad()
+  local k = deal(o, global_values(o, 2, o.kv_heads), layout, o.comm, o.dtype):require_grad()
+  local v = deal(o, global_values(o, 3, o.kv_heads), layout, o.comm, o.dtype):require_grad()
+  local out, lse = attention.attend { q = q, k = k, v = v, plan = plan, ring = ring }
+  out:backward(deal(o, global_values(o, 4, o.heads), layout, o.comm, o.dtype))
+  local row, kv_row = o.heads * o.head_dim, o.kv_heads * o.head_dim
+  return {
+    out = collect(o, out, layout, o.comm, o.batch, row),
+    lse = collect(o, lse, layout, o.comm, o.batch * o.heads, 1),
+    dq = collect(o, q.grad, layout, o.comm, o.batch, row),
+    dk = collect(o, k.grad, layout, o.comm, o.batch, kv_row),
+    dv = collect(o, v.grad, layout, o.comm, o.batch, kv_row),
+  }
+end
+
+--- Largest difference relative to the largest value of `want`; inf when one is not a number.
+function M.difference(got, want)
+  local worst, largest = 0, 0
+  for i = 0, want.count - 1 do
+    local a, b = got.values[i], want.values[i]
+    if a ~= b then
+      local d = math.abs(a - b)
+      if d ~= d or d == math.huge then return math.huge end
+      worst = math.max(worst, d)
     end
+    if math.abs(b) < math.huge then largest = math.max(largest, math.abs(b)) end
   end
-  return { values = out, count = N * width }
+  return largest > 0 and worst / largest or worst
 end
 
--- lse is [B,H,T]: tokens are the last dim.
-local function gather_lse(tensor, map, rows, dtype)
-  local host = ffi.new(dtype == "f64" and "double[?]" or "float[?]", H * rows)
-  check(C.halo_tensor_read(tensor, host))
-  local out = ffi.new("double[?]", N * H)
-  for row = 0, rows - 1 do
-    local token = tonumber(map[row])
-    if token < N then
-      for h = 0, H - 1 do out[token * H + h] = host[h * rows + row] end
-    end
-  end
-  return { values = out, count = N * H }
-end
-
-local function backward(out, seed)
-  local b = make("halo_backward", C.halo_backward_free, C.halo_backward_begin, out, seed)
-  local event, token = ffi.new "int32_t[1]", ffi.new "int64_t[1]"
-  repeat check(C.halo_backward_next(b, event, token)) until event[0] == C.HALO_BACKWARD_DONE
-end
-
---- Forward and backward of one case; results in global order.
--- @tparam table o `ranks`, `layout`, `schedule`, `pattern`, `dtype`
-local function compute(o)
-  local comm = o.ranks == 1 and make("halo_comm", C.halo_comm_free, C.halo_comm_self)
-    or make("halo_comm", C.halo_comm_free, C.halo_comm_local, o.ranks)
-  local inner = o.schedule == "hierarchical" and o.ranks % 2 == 0 and o.ranks / 2 or 1
-  local ring = make("halo_ring", C.halo_ring_free, C.halo_ring_new, comm, C[schedules[o.schedule]], inner)
-  local layout = make("halo_layout", C.halo_layout_free, C.halo_layout_new, C[layouts[o.layout]], N, o.ranks, G)
-  local plan = make("halo_plan", C.halo_plan_free, C.halo_plan_new, layout, B, H)
-  patterns[o.pattern](plan)
-  check(C.halo_plan_finish(plan))
-  local map, rows = row_map(layout, o.ranks)
-  local inputs = {}
-  for i, heads in ipairs { H, Hk, Hk } do
-    inputs[i] = scatter(global_values(i, heads), map, rows, heads, o.dtype)
-    check(C.halo_tensor_require_grad(inputs[i], 1))
-  end
-  local out, lse = ffi.new "halo_tensor *[1]", ffi.new "halo_tensor *[1]"
-  check(C.halo_attention(out, lse, inputs[1], inputs[2], inputs[3], plan, ring, 1 / math.sqrt(D)))
-  local o_tensor, lse_tensor = ffi.gc(out[0], C.halo_tensor_free), ffi.gc(lse[0], C.halo_tensor_free)
-  local result = { out = gather(o_tensor, map, rows, H * D, o.dtype), lse = gather_lse(lse_tensor, map, rows, o.dtype) }
-  backward(o_tensor, scatter(global_values(9, H), map, rows, H, o.dtype))
-  for i, name in ipairs { "dq", "dk", "dv" } do
-    result[name] = gather(C.halo_tensor_grad(inputs[i]), map, rows, (i == 1 and H or Hk) * D, o.dtype)
-  end
-  -- In this order: a ring borrows its communicator.
-  C.halo_ring_free(ffi.gc(ring, nil))
-  C.halo_comm_free(ffi.gc(comm, nil))
+-- `compute` on virtual ranks of this process.
+local function compute_on(ranks, o)
+  local comm = comms.virtual(ranks)
+  local of = { comm = comm }
+  for name, value in pairs(o) do of[name] = value end
+  local result = M.compute(of)
+  comm:close()
   return result
 end
 
-local function difference(a, b)
-  local worst, scale = 0, 0
-  for i = 0, a.count - 1 do
-    local x, y = a.values[i], b.values[i]
-    if x ~= y then
-      local d = math.abs(x - y)
-      if d ~= d then return math.huge end -- NaN, or an infinity on one side only
-      worst = math.max(worst, d)
-    end
-    if math.abs(y) < math.huge then scale = math.max(scale, math.abs(y)) end
-  end
-  return scale > 0 and worst / scale or worst
-end
+local patterns = {
+  { name = "dense", plan = "dense" },
+  { name = "sparse", plan = "sparse" },
+  { name = "packed", plan = "sparse", documents = true },
+  { name = "all tiles", plan = "all tiles", reference = "dense" },
+}
 
---- The names of what is compared.
-M.parts = { "out", "lse", "dq", "dk", "dv" }
-
---- Compare rings of several sizes with one rank.
--- @tparam[opt] table o `ranks` (list, default { 2, 3, 4, 8 }), `dtypes`, `progress` (function(done, all))
--- @treturn table rows of { ranks, dtype, cases, limit, ok, worst, out, lse, dq, dk, dv }; the errors are the
--- largest over layouts, schedules and patterns, `worst` names the case of the largest
-function M.run(o)
-  o = o or {}
-  local sizes, dtypes = o.ranks or { 2, 3, 4, 8 }, o.dtypes or { "f64", "f32" }
-  local references, rows, done = {}, {}, 0
-  for _, dtype in ipairs(dtypes) do
-    references[dtype] = {}
-    for pattern in pairs(patterns) do
-      -- The reference of "all tiles" is dense attention.
-      references[dtype][pattern] = compute { ranks = 1, layout = "contiguous", schedule = "flat",
-        pattern = pattern == "all tiles" and "dense" or pattern, dtype = dtype }
-    end
-  end
-  for _, dtype in ipairs(dtypes) do
-    for _, ranks in ipairs(sizes) do
-      local row = { ranks = ranks, dtype = dtype, cases = 0, limit = M.limits[dtype], ok = true, largest = -1 }
-      for _, part in ipairs(M.parts) do row[part] = 0 end
-      for layout in pairs(layouts) do
-        for schedule in pairs(schedules) do
-          for pattern in pairs(patterns) do
-            local result = compute { ranks = ranks, layout = layout, schedule = schedule, pattern = pattern, dtype = dtype }
-            row.cases = row.cases + 1
-            for _, part in ipairs(M.parts) do
-              local e = difference(result[part], references[dtype][pattern][part])
-              row[part] = math.max(row[part], e)
-              row.ok = row.ok and e <= row.limit
-              if e > row.largest then
-                row.largest, row.worst = e, ("%s, %s ring, %s layout, %s"):format(part, schedule, layout, pattern)
-              end
-            end
+-- One number of ranks in one precision: the largest errors over layouts, schedules and patterns.
+local function run_row(ranks, dtype, references)
+  local row = { ranks = ranks, dtype = dtype, cases = 0, limit = M.limits[dtype], ok = true, largest = -1 }
+  for _, part in ipairs(M.parts) do row[part] = 0 end
+  for _, layout in ipairs { "contiguous", "striped", "zigzag" } do
+    for _, schedule in ipairs(rings.schedules) do
+      for _, pattern in ipairs(patterns) do
+        local result = compute_on(ranks, { tokens = 331, head_dim = 16, block = 16, dtype = dtype, layout = layout,
+          schedule = schedule, inner = ranks % 2 == 0 and ranks / 2 or 1, plan = pattern.plan,
+          documents = pattern.documents })
+        row.cases = row.cases + 1
+        for _, part in ipairs(M.parts) do
+          local e = M.difference(result[part], references[pattern.reference or pattern.name][part])
+          row[part] = math.max(row[part], e)
+          row.ok = row.ok and e <= row.limit
+          if e > row.largest then
+            row.largest, row.worst = e, ("%s, %s ring, %s layout, %s"):format(part, schedule, layout, pattern.name)
           end
         end
       end
-      rows[#rows + 1] = row
-      done = done + 1
-      if o.progress then o.progress(done, #sizes * #dtypes) end
+    end
+  end
+  return row
+end
+
+--- Compare rings of several sizes with one rank.
+-- @tparam[opt] table o `ranks` (list, default { 2, 3, 4, 8 }), `dtypes` ({ "f64", "f32" }), `progress`
+--   (function(done, all))
+-- @treturn table rows of { ranks, dtype, cases, limit, ok, worst, largest, out, lse, dq, dk, dv }; the errors are
+--   the largest over layouts, schedules and patterns, `worst` names the case of the largest
+function M.run(o)
+  o = args.named("parity.run", o or {}, { ranks = { "table", { 2, 3, 4, 8 } }, dtypes = { "table", { "f64", "f32" } },
+    progress = "callable?" })
+  local rows = {}
+  for _, dtype in ipairs(o.dtypes) do
+    local references = {}
+    for _, pattern in ipairs(patterns) do
+      if not pattern.reference then
+        references[pattern.name] = compute_on(1, { tokens = 331, head_dim = 16, block = 16, dtype = dtype,
+          layout = "contiguous", plan = pattern.plan, documents = pattern.documents })
+      end
+    end
+    for _, ranks in ipairs(o.ranks) do
+      rows[#rows + 1] = run_row(ranks, dtype, references)
+      if o.progress then o.progress(#rows, #o.ranks * #o.dtypes) end
     end
   end
   return rows
+end
+
+local Result = {}
+Result.__index = Result
+
+--- The error of fp32 rings against one fp64 rank, by number of ranks.
+-- @tparam[opt] table o named arguments
+-- @tparam[opt={1;2;4;8}] table o.ranks ring sizes, virtual ranks of this process
+-- @tparam[opt=1000] int o.tokens
+-- @tparam[opt=1] int o.batch
+-- @tparam[opt=4] int o.heads
+-- @tparam[opt=2] int o.kv_heads
+-- @tparam[opt=64] int o.head_dim
+-- @tparam[opt=32] int o.block
+-- @tparam[opt="striped"] string o.layout
+-- @tparam[opt="flat"] string o.schedule
+-- @tparam[opt] int o.inner
+-- @tparam[opt="sparse"] string o.plan "sparse", "dense" or "all tiles"
+-- @tparam[opt=false] boolean o.documents packed documents
+-- @tparam[opt=1] int o.seed
+-- @tparam[opt=1e-5] number o.limit largest error that passes
+-- @treturn table `rows` (ranks, out, lse, dq, dk, dv), `ok`, `limit`; prints as a table
+function M.drift(o)
+  o = args.named("parity.drift", o or {}, with { ranks = { "table", { 1, 2, 4, 8 } },
+    limit = { "number", M.limits.f32 } })
+  local result = setmetatable({ rows = {}, ok = true, limit = o.limit, options = o }, Result)
+  local function of(ranks, dtype)
+    local case = { dtype = dtype }
+    for name in pairs(shape_fields) do case[name] = o[name] end
+    if ranks == 1 then case.schedule, case.inner = "flat", nil end
+    return compute_on(ranks, case)
+  end
+  local truth = of(1, "f64")
+  for i, ranks in ipairs(o.ranks) do
+    local got, row = of(ranks, "f32"), { ranks = ranks }
+    for _, part in ipairs(M.parts) do
+      row[part] = M.difference(got[part], truth[part])
+      result.ok = result.ok and row[part] <= o.limit
+    end
+    result.rows[i] = row
+  end
+  return result
+end
+
+Result.__tostring = function(self)
+  local o = self.options
+  local lines = {
+    ("%s attention, %d tokens, %d/%d heads of %d, %s layout, %s ring; fp32 against one fp64 rank"):format(o.plan,
+      o.tokens, o.heads, o.kv_heads, o.head_dim, o.layout, o.schedule),
+    ("%6s %9s %9s %9s %9s %9s"):format("ranks", unpack(M.parts)),
+  }
+  for _, row in ipairs(self.rows) do
+    local cells = {}
+    for i, name in ipairs(M.parts) do cells[i] = ("%9.1e"):format(row[name]) end
+    lines[#lines + 1] = ("%6d %s"):format(row.ranks, table.concat(cells, " "))
+  end
+  lines[#lines + 1] = ("%s: largest error allowed %.0e"):format(self.ok and "passed" or "FAILED", self.limit)
+  return table.concat(lines, "\n")
 end
 
 return M
