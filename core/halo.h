@@ -316,6 +316,22 @@ HALO_API halo_status halo_comm_same(halo_comm *c, uint64_t value, const char *wh
 HALO_API double halo_comm_exposed_seconds(halo_comm *c);
 HALO_API void halo_comm_reset_timer(halo_comm *c);
 
+/* Ranks named by axes: world rank = (data * outer + o) * inner + i. The ring is outer x inner; `data`
+ * repeats it over other sequences. See core/mesh.c. */
+typedef struct halo_mesh halo_mesh;
+typedef enum halo_axis { HALO_AXIS_DATA = 0, HALO_AXIS_OUTER = 1, HALO_AXIS_INNER = 2 } halo_axis;
+
+/* data * outer * inner must be the size of `world`. Collective. Virtual ranks form one ring. */
+HALO_API halo_status halo_mesh_new(halo_mesh **out, halo_comm *world, int32_t data, int32_t outer,
+                                   int32_t inner);
+HALO_API void halo_mesh_free(halo_mesh *m);
+/* Ranks along an axis, and this rank's place on it; -1 for an unknown axis. */
+HALO_API int32_t halo_mesh_size(const halo_mesh *m, int32_t axis);
+HALO_API int32_t halo_mesh_place(const halo_mesh *m, int32_t axis);
+/* Ranks that share this rank's sequences; ranks that hold the same part of other sequences. Borrowed. */
+HALO_API halo_comm *halo_mesh_ring(const halo_mesh *m);
+HALO_API halo_comm *halo_mesh_data(const halo_mesh *m);
+
 /* ---- Layout --------------------------------------------------------------------------------- */
 
 /* Which rank holds which token, for any N and any number of ranks. Tokens are dealt in blocks of

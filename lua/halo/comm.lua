@@ -1,156 +1,197 @@
---- Communicators: who takes part, and the few collectives that training needs.
+--- Communicators: the ranks that work together, and what they tell each other.
 --
---    local world = comm.world()              -- all ranks that mpirun started; alone it is one rank
---    local world = comm.virtual(4)           -- four ranks inside this process, in lockstep
---    local totals = world:all_reduce { loss, labels }
+-- A communicator has `size()` ranks, of which `here()` live in this process, from `rank()` on:
 --
--- A virtual communicator holds W ranks in one process (`here` = W). Tensors of a model then carry the
--- tokens of all of them, stacked in rank order, so there is one copy of weights and gradients and a sum
--- over "ranks" of a per-process value has nothing to add: `all_reduce` and its kin work on processes.
--- The engine's per-rank collectives are for the ring, in C.
-local ffi = require "ffi"
+--    comm.self()       one rank
+--    comm.virtual(n)   n ranks in this process, in lockstep: tests, `halo check`, the prompt
+--    comm.world()      the ranks a launcher started (MPI), else one
+--
+-- Reductions and gathers of values are over *processes*: ranks of one process share one value, which
+-- holds their part already. So the same code runs on 4 virtual ranks and on 4 processes. All processes
+-- must call the same things in the same order.
+--
+-- A communicator is closed by hand: closing is something all ranks do together, which a collector
+-- cannot promise.
+local args = require "halo.args"
+local errors = require "halo.errors"
 local halo_ffi = require "halo.ffi"
-local launch = require "halo.launch"
-local tensor = require "halo.tensor"
 
-local C, check = halo_ffi.C, halo_ffi.check
+local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
+
+local M = {}
 
 local Comm = {}
 Comm.__index = Comm
 
-local M = {}
+local slot = ffi.new "halo_comm *[1]"
 
-local function own(slot)
-  return setmetatable({ handle = ffi.gc(slot[0], C.halo_comm_free) }, Comm)
+-- `owned`: close() gives the handle back.
+local function wrap(handle, owned) return setmetatable({ handle = handle, owned = owned }, Comm) end
+
+--- One rank: this process.
+function M.self()
+  check(C.halo_comm_self(slot))
+  return wrap(slot[0], true)
 end
 
-local function make(fn, ...)
-  local slot = ffi.new "halo_comm *[1]"
-  check(fn(slot, ...))
-  return own(slot)
+--- n ranks in this process.
+function M.virtual(n)
+  if type(n) ~= "number" or n ~= math.floor(n) then
+    errors.raise("usage", "comm.virtual: the number of ranks must be a whole number, is " .. args.describe(n), 2)
+  end
+  check(C.halo_comm_local(slot, n))
+  return wrap(slot[0], true)
 end
 
---- One rank: every collective is a copy.
-function M.self() return make(C.halo_comm_self) end
-
---- W ranks inside this process: for tests, `halo check` and the prompt.
-function M.virtual(world) return make(C.halo_comm_local, world) end
-
---- The ranks the launcher started; one rank when there was none. `halo.launch` owns and ends it.
+--- The ranks of the job; one when no launcher started us. `halo.launch` owns and ends it.
 -- @raise communication when the launcher's count and MPI's differ
-function M.world() return setmetatable({ handle = launch.world() }, Comm) end
+function M.world() return wrap(require("halo.launch").world(), false) end
 
 --- True for communicators.
 function M.is(v) return getmetatable(v) == Comm end
 
---- Rank of this process (of its first rank, when it holds several).
-function Comm:rank() return C.halo_comm_rank(self.handle) end
---- W.
-function Comm:size() return C.halo_comm_size(self.handle) end
---- Ranks in this process.
-function Comm:here() return C.halo_comm_here(self.handle) end
---- "self", "local" or "mpi".
-function Comm:name() return ffi.string(C.halo_comm_name(self.handle)) end
+--- An object for a handle that something else owns (a mesh); closing it only lets go.
+function M.borrow(handle) return wrap(handle, false) end
 
--- Whether other processes take part.
-local function is_alone(self) return self:here() == self:size() end
-
---- Ranks of this communicator with the same color, ordered by key. Collective.
-function Comm:split(color, key)
-  if is_alone(self) then return self end
-  return make(C.halo_comm_split, self.handle, color, key)
+local function handle_of(self)
+  return self.handle or errors.raise("usage", "the communicator was closed", 3)
 end
 
-function Comm:barrier() check(C.halo_comm_barrier(self.handle)) end
+--- Number of the first rank here, from 0.
+function Comm:rank() return C.halo_comm_rank(handle_of(self)) end
+--- Ranks in all.
+function Comm:size() return C.halo_comm_size(handle_of(self)) end
+--- Ranks in this process.
+function Comm:here() return C.halo_comm_here(handle_of(self)) end
+--- "self", "local" or "mpi".
+function Comm:name() return ffi.string(C.halo_comm_name(handle_of(self))) end
+--- True when other processes take part.
+function Comm:is_spread() return self:here() < self:size() end
 
-local function reduce(self, fn, values, n)
+--- Wait until all ranks are here.
+function Comm:barrier() check(C.halo_comm_barrier(handle_of(self))) end
+
+--- Ranks of the same color become a communicator of their own, in the order of their keys. Collective.
+function Comm:split(color, key)
+  check(C.halo_comm_split(slot, handle_of(self), color, key or self:rank()))
+  return wrap(slot[0], true)
+end
+
+-- One number or a list of numbers through a reduction of doubles.
+local function reduce(self, f, values)
+  local list = type(values) == "table" and values or { values }
+  local n = #list
   local buffer = ffi.new("double[?]", math.max(n, 1))
-  for i = 1, n do buffer[i - 1] = values[i] end
-  local slot = ffi.new("void *[1]", buffer)
-  check(fn(self.handle, slot, n, C.HALO_F64))
+  for i = 1, n do buffer[i - 1] = list[i] end
+  if self:is_spread() then check(f(handle_of(self), ffi.new("void *[1]", buffer), n, C.HALO_F64), 2) end
+  if type(values) ~= "table" then return buffer[0] end
   local out = {}
-  for i = 1, n do out[i] = tonumber(buffer[i - 1]) end
+  for i = 1, n do out[i] = buffer[i - 1] end
   return out
 end
 
---- Sums over processes of a list of numbers, in rank order.
--- @tparam {number,...} values the same count everywhere
--- @treturn {number,...}
-function Comm:all_reduce(values)
-  if is_alone(self) then return values end
-  return reduce(self, C.halo_comm_all_reduce, values, #values)
-end
+--- Sums over processes, in rank order.
+-- @tparam number|table values a number, or a list of numbers of the same length everywhere
+-- @return the same shape as came
+-- @usage local loss, labels = unpack(comm:all_reduce { loss, labels })
+function Comm:all_reduce(values) return reduce(self, C.halo_comm_all_reduce, values) end
 
---- The largest of one number per process.
-function Comm:all_reduce_max(value)
-  if is_alone(self) then return value end
-  return reduce(self, C.halo_comm_all_reduce_max, { value }, 1)[1]
-end
+--- Maxima over processes; same arguments as `all_reduce`.
+function Comm:all_reduce_max(values) return reduce(self, C.halo_comm_all_reduce_max, values) end
 
---- In-place sum of a tensor over processes, in rank order.
+--- Sum a tensor (f32, f64 or i64, contiguous) over processes, in place; returns it.
 function Comm:all_reduce_tensor(t)
-  if not is_alone(self) then check(C.halo_comm_all_reduce_tensor(self.handle, t)) end
+  check(C.halo_comm_all_reduce_tensor(handle_of(self), t))
   return t
 end
 
---- One tensor of every process, in rank order; all of one shape.
+--- Every process's tensor, in rank order; all must have one shape and dtype. Outside the tape.
+-- @treturn {Tensor,...} copies; of one process: the tensor itself
 function Comm:all_gather_tensor(t)
-  t = t:contiguous()
-  if is_alone(self) then return { t } end
-  local n, bytes = self:size(), t.count * tensor.dtype_bytes(t.dtype)
-  local buffer = ffi.new("uint8_t[?]", n * bytes)
-  local out, input = ffi.new("void *[1]", buffer), ffi.new("const void *[1]", ffi.cast("const void *", C.halo_tensor_data(t)))
-  check(C.halo_comm_all_gather(self.handle, out, input, bytes))
-  local list = {}
-  for r = 1, n do
-    list[r] = tensor.from_pointer(buffer + (r - 1) * bytes, { shape = t.shape, dtype = t.dtype })
+  if not self:is_spread() then return { t } end
+  local tensor = require "halo.tensor"
+  local source = t:contiguous()
+  local bytes = t.count * tensor.dtype_bytes(t.dtype)
+  local buffer = ffi.new("uint8_t[?]", math.max(bytes * self:size(), 1))
+  check(C.halo_comm_all_gather(handle_of(self), ffi.new("void *[1]", buffer),
+    ffi.new("const void *[1]", C.halo_tensor_data(source)), bytes))
+  local out = {}
+  for r = 1, self:size() do
+    out[r] = tensor.from_pointer(buffer + (r - 1) * bytes, { shape = t.shape, dtype = t.dtype })
   end
-  return list
+  return out
 end
 
---- The text that the root process holds, on every process.
+--- Every process's text, in rank order.
+function Comm:all_gather_text(text)
+  if not self:is_spread() then return { text } end
+  local size = self:size()
+  local lengths = ffi.new("int64_t[?]", size)
+  check(C.halo_comm_all_gather(handle_of(self), ffi.new("void *[1]", lengths),
+    ffi.new("const void *[1]", ffi.new("int64_t[1]", #text)), 8))
+  local total = 0
+  for r = 0, size - 1 do total = total + tonumber(lengths[r]) end
+  local buffer = ffi.new("char[?]", math.max(total, 1))
+  local own = ffi.new("char[?]", #text + 1, text)
+  check(C.halo_comm_all_gatherv(handle_of(self), ffi.new("void *[1]", buffer), ffi.new("const void *[1]", own),
+    lengths))
+  local out, at = {}, 0
+  for r = 0, size - 1 do
+    out[r + 1] = ffi.string(buffer + at, tonumber(lengths[r]))
+    at = at + tonumber(lengths[r])
+  end
+  return out
+end
+
+--- The root's text on every process.
+-- @tparam string text read on the process that holds rank `root`
+-- @tparam[opt=0] int root
 function Comm:broadcast_text(text, root)
-  if is_alone(self) then return text end
-  local length = self:all_reduce { self:rank() == (root or 0) and #text or 0 }[1]
-  local buffer = ffi.new("char[?]", length + 1)
-  if self:rank() == (root or 0) then ffi.copy(buffer, text, #text) end
-  local slot = ffi.new("void *[1]", buffer)
-  check(C.halo_comm_broadcast(self.handle, slot, length, root or 0))
-  return ffi.string(buffer, length)
+  root = root or 0
+  if not self:is_spread() then return text end
+  local is_root = self:rank() == root
+  local length = ffi.new("int64_t[1]", is_root and #text or 0)
+  check(C.halo_comm_broadcast(handle_of(self), ffi.new("void *[1]", length), 8, root))
+  local n = tonumber(length[0])
+  local buffer = is_root and ffi.new("char[?]", n + 1, text) or ffi.new("char[?]", n + 1)
+  check(C.halo_comm_broadcast(handle_of(self), ffi.new("void *[1]", buffer), n, root))
+  return ffi.string(buffer, n)
 end
 
---- A short text of every process, in rank order; longer ones are cut at `limit` bytes (default 512).
-function Comm:all_gather_text(text, limit)
-  if is_alone(self) then return { text } end
-  limit = limit or 512
-  local mine, all = ffi.new("char[?]", limit + 1), ffi.new("char[?]", (limit + 1) * self:size())
-  ffi.copy(mine, text:sub(1, limit))
-  local out, input = ffi.new("void *[1]", all), ffi.new("const void *[1]", mine)
-  check(C.halo_comm_all_gather(self.handle, out, input, limit + 1))
-  local list = {}
-  for r = 1, self:size() do list[r] = ffi.string(all + (r - 1) * (limit + 1)) end
-  return list
-end
-
---- Raise, naming the first rank that differs, unless a 64-bit value is the same everywhere.
+--- Raise, naming the first rank that differs, unless all processes hold the same 64-bit value.
 function Comm:same(value, what)
-  if not is_alone(self) then check(C.halo_comm_same(self.handle, ffi.cast("uint64_t", value), what)) end
+  check(C.halo_comm_same(handle_of(self), ffi.cast("uint64_t", value), what), 2)
 end
 
---- Seconds spent waiting for others since the timer was reset: communication that compute did not hide.
-function Comm:exposed_seconds() return C.halo_comm_exposed_seconds(self.handle) end
-function Comm:reset_timer() C.halo_comm_reset_timer(self.handle) end
-
---- Ranks that share this machine, as the launcher says (1 when nobody does).
+--- Ranks of this communicator on this machine; ranks of one process are on one machine.
 function Comm:local_size()
-  return tonumber(os.getenv "OMPI_COMM_WORLD_LOCAL_SIZE" or os.getenv "SLURM_NTASKS_PER_NODE" or "") or self:size()
+  if not self:is_spread() then return self:size() end
+  local name = require("halo.process").hostname()
+  local n = 0
+  for _, other in ipairs(self:all_gather_text(name)) do
+    if other == name then n = n + 1 end
+  end
+  return n
 end
 
---- End every rank of the job at once; the last resort after an error.
-function Comm:abort(code) C.halo_comm_abort(self.handle, code or 70) end
+--- Seconds spent waiting for other ranks since the last `reset_timer`: communication that computing
+-- did not hide.
+function Comm:exposed_seconds() return tonumber(C.halo_comm_exposed_seconds(handle_of(self))) end
+function Comm:reset_timer() C.halo_comm_reset_timer(handle_of(self)) end
+
+--- End every rank of the job with this exit code: the last resort after an error that other ranks do
+-- not know of.
+function Comm:abort(code) C.halo_comm_abort(handle_of(self), code or 70) end
+
+--- Give it back; all ranks do so together. Rings made on it must be gone. Harmless when done twice.
+function Comm:close()
+  if self.handle and self.owned then C.halo_comm_free(self.handle) end
+  self.handle = nil
+end
 
 Comm.__tostring = function(self)
-  return ("%s communicator: rank %d of %d, %d here"):format(self:name(), self:rank(), self:size(), self:here())
+  if not self.handle then return "communicator (closed)" end
+  return ("communicator %s: rank %d of %d, %d here"):format(self:name(), self:rank(), self:size(), self:here())
 end
 
 return M

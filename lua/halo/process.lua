@@ -8,6 +8,7 @@ ffi.cdef [[
 int execvp(const char *file, char *const argv[]);
 int setenv(const char *name, const char *value, int overwrite);
 int get_nprocs(void);
+int gethostname(char *name, size_t length);
 unsigned int geteuid(void);
 int dup2(int from, int to);
 int getpgrp(void);
@@ -22,6 +23,13 @@ local M = {}
 function M.cores() return C.get_nprocs() end
 function M.is_root() return C.geteuid() == 0 end
 function M.setenv(name, value) C.setenv(name, tostring(value), 1) end
+
+--- Name of this machine.
+function M.hostname()
+  local name = ffi.new "char[256]"
+  C.gethostname(name, 255)
+  return ffi.string(name)
+end
 
 --- Full path of a program on PATH, or nil.
 function M.which(name)

@@ -195,6 +195,42 @@ static void splits(void) {
   halo_comm_free(part);
 }
 
+/* All meshes of the ranks at hand: places follow the rank, groups hold whom they must. */
+static void meshes(void) {
+  int W = halo_comm_size(comm), rank = halo_comm_rank(comm), here = halo_comm_here(comm);
+  halo_mesh *mesh;
+  CHECK_STATUS(halo_mesh_new(&mesh, comm, 1, W, 2), HALO_EARG);
+  CHECK_STATUS(halo_mesh_new(&mesh, comm, 1, 0, W), HALO_EARG);
+  if (here > 1) CHECK_STATUS(halo_mesh_new(&mesh, comm, W, 1, 1), HALO_EUNSUPPORTED);
+  for (int data = 1; data <= (here > 1 ? 1 : W); data++) {
+    for (int outer = 1; outer <= W; outer++) {
+      if (W % (data * outer) != 0) continue;
+      int inner = W / data / outer;
+      CHECK_OK(halo_mesh_new(&mesh, comm, data, outer, inner));
+      int d = halo_mesh_place(mesh, HALO_AXIS_DATA), o = halo_mesh_place(mesh, HALO_AXIS_OUTER);
+      int i = halo_mesh_place(mesh, HALO_AXIS_INNER);
+      CHECK((d * outer + o) * inner + i == rank);
+      CHECK(d < data && o < outer && i < inner && halo_mesh_place(mesh, 3) == -1);
+      CHECK(halo_mesh_size(mesh, HALO_AXIS_DATA) == data && halo_mesh_size(mesh, -1) == -1);
+      CHECK(halo_comm_size(halo_mesh_ring(mesh)) == outer * inner);
+      CHECK(halo_comm_rank(halo_mesh_ring(mesh)) == o * inner + i);
+      CHECK(halo_comm_size(halo_mesh_data(mesh)) == data);
+      CHECK(halo_comm_rank(halo_mesh_data(mesh)) == d);
+      if (here == 1) { // the sums of world ranks of both groups
+        int64_t ring = rank, across = rank;
+        void *p[2] = {&ring, &across};
+        CHECK_OK(halo_comm_all_reduce(halo_mesh_ring(mesh), &p[0], 1, HALO_I64));
+        CHECK_OK(halo_comm_all_reduce(halo_mesh_data(mesh), &p[1], 1, HALO_I64));
+        int n = outer * inner;
+        CHECK(ring == (int64_t)d * n * n + n * (n - 1) / 2);
+        CHECK(across == (int64_t)data * (rank % n) + (int64_t)n * data * (data - 1) / 2);
+      }
+      halo_mesh_free(mesh);
+    }
+  }
+  halo_mesh_free(NULL);
+}
+
 /* Only ranks in lockstep can notice an unmatched message before it hangs. */
 static void unmatched_transfers_are_refused(void) {
   if (halo_comm_size(comm) != halo_comm_here(comm)) return;
@@ -224,6 +260,7 @@ static void all_tests(void) {
   RUN(transfers_pair_in_order);
   RUN(same_names_the_culprit);
   RUN(splits);
+  RUN(meshes);
   RUN(unmatched_transfers_are_refused);
   halo_comm_free(comm);
 }

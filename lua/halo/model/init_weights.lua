@@ -30,6 +30,7 @@
 --         the answers' loss falls at 0.4 to 0.8 M tokens, without them at 1.1 to 1.4 M or not at all
 local ffi = require "ffi"
 local halo_ffi = require "halo.ffi"
+local nn = require "halo.nn"
 local rope = require "halo.rope"
 local tensor = require "halo.tensor"
 
@@ -42,19 +43,6 @@ local SLOWEST = 256 -- wavelength in tokens of the slowest pair that takes part
 
 --- What a config without `init` gets, and GPT-2's.
 M.default = { type = "normal", std = 0.02 }
-
--- A stream number for a name, so that a parameter's initial values depend on its name alone and not on
--- how many came before it (FNV-1a, 32 bits).
-local function stream_of(name)
-  local h = 2166136261
-  for i = 1, #name do
-    h = bit.tobit(bit.bxor(h, name:byte(i)))
-    -- h * 16777619 mod 2^32 in parts that stay exact in a double
-    local low, high = h % 65536, math.floor(h % 4294967296 / 65536)
-    h = (low * 16777619 + (high * 16777619 % 65536) * 65536) % 4294967296
-  end
-  return h
-end
 
 -- Standard deviation of a matrix.
 local function std_of(init, config, p)
@@ -106,7 +94,7 @@ function M.maker(c, o)
       if biases[p.name] then write(t, biases[p.name]) end
       return t
     end
-    return tensor.normal { shape = p.shape, dtype = o.dtype, seed = o.seed or 0, stream = stream_of(p.name),
+    return tensor.normal { shape = p.shape, dtype = o.dtype, seed = o.seed or 0, stream = nn.stream_of(p.name),
       std = std_of(init, c, p) }
   end
 end
