@@ -1,6 +1,8 @@
 /* Builder, merging, splitting and normalisation of core/tokenizer.c and its parts. */
 #include "check.h"
 
+#include <pthread.h>
+
 static halo_tokenizer *builder(int64_t n_tokens, int32_t split, int32_t flags) {
   halo_tokenizer *t = NULL;
   CHECK_OK(halo_tokenizer_new(&t, n_tokens, split, flags));
@@ -100,10 +102,10 @@ static void random_merges_match_the_definition(void) {
     uint64_t draw = 0;
     for (int32_t m = 0; m < MERGES;) {
       // parts: letters a to d, or earlier merges; the joint text must be new
-      const int32_t k[2] = {(int32_t)(halo_random_u64(trial, 1, draw++) % (uint64_t)(4 + m)),
-                            (int32_t)(halo_random_u64(trial, 1, draw++) % (uint64_t)(4 + m))};
-      const int32_t left = k[0] < 4 ? 'a' + k[0] : 256 + k[0] - 4;
-      const int32_t right = k[1] < 4 ? 'a' + k[1] : 256 + k[1] - 4;
+      const int32_t k = (int32_t)(halo_random_u64(trial, 1, draw++) % (uint64_t)(4 + m));
+      const int32_t l = (int32_t)(halo_random_u64(trial, 1, draw++) % (uint64_t)(4 + m));
+      const int32_t left = k < 4 ? 'a' + k : 256 + k - 4;
+      const int32_t right = l < 4 ? 'a' + l : 256 + l - 4;
       char joint[520];
       snprintf(joint, sizeof joint, "%s%s", texts[left], texts[right]);
       if (strlen(joint) > 200 || halo_tokenizer_find(t, joint, strlen(joint)) >= 0) continue;
@@ -376,6 +378,45 @@ static void hash_sees_all_that_decides_ids(void) {
   CHECK(h != hash_of(HALO_SPLIT_GPT2, 0, "ab", 0));
 }
 
+typedef struct job {
+  const halo_tokenizer *t;
+  const char *text;
+  size_t n;
+  int good;
+} job;
+
+static void *encode_often(void *argument) {
+  job *j = argument;
+  for (int i = 0; i < 30; i++) {
+    const size_t from = (size_t)i * 101 % j->n;
+    j->good += round_trips(j->t, j->text + from, j->n - from);
+  }
+  return NULL;
+}
+
+static void threads_share_a_tokenizer(void) {
+  enum { THREADS = 6, BYTES = 20000 };
+  halo_tokenizer *t = builder(258, HALO_SPLIT_GPT2, 0);
+  add(t, 256, "th", 0);
+  add(t, 257, "the", 0);
+  merge(t, "t", "h");
+  merge(t, "th", "e");
+  CHECK_OK(halo_tokenizer_finish(t));
+  static char text[BYTES];
+  for (int i = 0; i < BYTES; i++) text[i] = "the th, et "[halo_random_u64(3, 3, (uint64_t)i) % 11];
+  pthread_t threads[THREADS];
+  job jobs[THREADS];
+  for (int i = 0; i < THREADS; i++) {
+    jobs[i] = (job){t, text + i, BYTES - THREADS, 0};
+    CHECK(pthread_create(&threads[i], NULL, encode_often, &jobs[i]) == 0);
+  }
+  for (int i = 0; i < THREADS; i++) {
+    CHECK(pthread_join(threads[i], NULL) == 0);
+    CHECK(jobs[i].good == 30);
+  }
+  halo_tokenizer_free(t);
+}
+
 /* Every allocation on the way fails once: a status each time, no leak, and the same result after. */
 static void survives_failing_allocations(void) {
   const int64_t live = halo_memory_live_bytes(HALO_CPU, -1);
@@ -419,6 +460,7 @@ int main(void) {
   RUN(malformed_vocabularies_are_refused);
   RUN(decode_names_the_bad_id);
   RUN(hash_sees_all_that_decides_ids);
+  RUN(threads_share_a_tokenizer);
   RUN(survives_failing_allocations);
   return check_report();
 }

@@ -234,6 +234,58 @@ describe("tokenizer", function()
     end)
   end)
 
+  it("takes any wrong value anywhere in its files as an error in a file", function()
+    local values = { 5, -1, "x", true, json.null, {}, { "a", "b" }, { a = 1 }, { { {} } } }
+    -- every place of the tree, as a list of keys; of long tables only a few
+    local function places(node, path, out)
+      local n = 0
+      for _, key in ipairs(require("halo.args").keys(node)) do
+        key = node[key] == nil and tonumber(key) or key
+        n = n + 1
+        if n > 16 or n > 3 and node["z"] ~= nil then break end -- "z": of a vocabulary
+        local longer = { unpack(path) }
+        longer[#longer + 1] = key
+        out[#out + 1] = longer
+        if type(node[key]) == "table" then places(node[key], longer, out) end
+      end
+      return out
+    end
+    local whole = small(function(root)
+      root.normalizer = { type = "Sequence", normalizers = { { type = "NFC" } } }
+      root.post_processor = { type = "Sequence", processors = { { type = "TemplateProcessing",
+        single = { { SpecialToken = { id = "<|end|>" } }, { Sequence = { id = "A" } } } } } }
+      root.pre_tokenizer = { type = "Sequence", pretokenizers = {
+        { type = "Split", pattern = { Regex = QWEN2 }, behavior = "Isolated", invert = false },
+        { type = "ByteLevel", add_prefix_space = false, use_regex = false } } }
+    end)
+    local function rich() return json.decode(whole, { keep_null = true }) end
+    local config = { eos_token = { content = "<|end|>" }, bos_token = "<|end|>", tokenizer_class = "x",
+      add_bos_token = true, added_tokens_decoder = { ["256"] = { content = "<|end|>", lstrip = false } } }
+    local dir = folder_with { ["tokenizer.json"] = whole,
+      ["tokenizer_config.json"] = json.encode(config) }
+    assert.equal(256, tokenizer.load(dir).eos)
+    local function try(name, make)
+      for _, path in ipairs(places(make(), {}, {})) do
+        for _, value in ipairs(values) do
+          local root = make()
+          local node = root
+          for i = 1, #path - 1 do node = node[path[i]] end
+          node[path[#path]] = value
+          local file = io.open(dir .. "/" .. name, "wb")
+          file:write(json.encode(root))
+          file:close()
+          local ok, e = pcall(tokenizer.load, dir)
+          if not ok and not (e.class == "data" or e.class == "environment") then
+            error(("%s %s = %s: %s"):format(name, table.concat(path, "."), json.encode(value), tostring(e)))
+          end
+        end
+      end
+      fs.write(dir .. "/" .. name, json.encode(make()))
+    end
+    try("tokenizer.json", rich)
+    try("tokenizer_config.json", function() return json.decode(json.encode(config)) end)
+  end)
+
   describe("tokenizer.model", function()
     local alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     local function base64(s)

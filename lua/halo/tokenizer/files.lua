@@ -58,6 +58,29 @@ local function read_json(dir, name, files)
   return value
 end
 
+-- What a file holds may be of any type; these two say what is wanted of it. nil passes.
+local function object(v, what)
+  if v ~= nil and type(v) ~= "table" then malformed("%s is a %s, not an object", what, type(v)) end
+  return v
+end
+
+local function list(v, what)
+  object(v, what)
+  local n = 0
+  for _ in pairs(v or {}) do n = n + 1 end
+  if v and n ~= #v then malformed("%s is not a list", what) end
+  return v
+end
+
+-- text -> id; the ids are checked where they are used.
+local function vocabulary(v, what)
+  object(v, what)
+  for text in pairs(v or {}) do
+    if type(text) ~= "string" then malformed("%s is a list, not an object", what) end
+  end
+  return v
+end
+
 -- "text", or { content = "text" } as AddedToken objects are written.
 local function token_text(v)
   if type(v) == "table" then v = v.content end
@@ -80,11 +103,12 @@ local function read_config(dir, spec)
     spec[role] = token_text(config[role .. "_token"]) or token_text(map[role .. "_token"])
   end
   if type(config.add_bos_token) == "boolean" then spec.adds_bos = config.add_bos_token end
-  if type(config.added_tokens_decoder) == "table" then
+  local decoder = object(config.added_tokens_decoder, "tokenizer_config.json: added_tokens_decoder")
+  if decoder then
     spec.listed = {}
-    for id, entry in pairs(config.added_tokens_decoder) do
+    for id, entry in pairs(decoder) do
       local text = type(entry) == "table" and token_text(entry)
-      if not text or not tonumber(id) then malformed("tokenizer_config.json: added_tokens_decoder is malformed") end
+      if not text or not tonumber(id) then malformed "tokenizer_config.json: added_tokens_decoder is malformed" end
       check_added(entry, "tokenizer_config.json")
       spec.listed[text] = tonumber(id)
     end
@@ -103,7 +127,7 @@ local function pattern_of(entry)
   local pattern = type(entry.pattern) == "table" and entry.pattern.Regex
   local isolates = entry.behavior == "Isolated" and not entry.invert
     or entry.behavior == "Removed" and entry.invert == true
-  local name = known_patterns[pattern]
+  local name = type(pattern) == "string" and known_patterns[pattern]
   if not name or not isolates then
     unsupported("tokenizer.json: its split pattern is not a known one (%s)",
       tostring(pattern):sub(1, 100):gsub("%c", "?"))
@@ -124,35 +148,40 @@ end
 
 local function split_of(pre)
   if type(pre) == "table" and pre.type == "Sequence" then
-    local list = pre.pretokenizers
-    if type(list) ~= "table" or #list ~= 2 or list[1].type ~= "Split" then
+    local parts = list(pre.pretokenizers, "tokenizer.json: pretokenizers") or {}
+    local first = object(parts[1], "tokenizer.json: a pre_tokenizer")
+    if #parts ~= 2 or first.type ~= "Split" then
       unsupported "tokenizer.json: its pre_tokenizer is not Split followed by ByteLevel"
     end
-    if byte_level(list[2], "pre_tokenizer").use_regex ~= false then
+    if byte_level(parts[2], "pre_tokenizer").use_regex ~= false then
       unsupported "tokenizer.json: its pre_tokenizer splits twice"
     end
-    return pattern_of(list[1])
+    return pattern_of(first)
   end
   return byte_level(pre, "pre_tokenizer").use_regex == false and "none" or "gpt2"
 end
 
 local function wants_nfc(normalizer)
-  if normalizer == nil then return false end
-  if type(normalizer) == "table" then
-    local list = normalizer.type == "Sequence" and normalizer.normalizers or { normalizer }
-    if #list == 0 then return false end
-    if #list == 1 and list[1].type == "NFC" then return true end
-    normalizer = list[#list]
+  if object(normalizer, "tokenizer.json: normalizer") == nil then return false end
+  local steps = { normalizer }
+  if normalizer.type == "Sequence" then steps = list(normalizer.normalizers, "tokenizer.json: normalizers") or {} end
+  for _, step in ipairs(steps) do
+    if object(step, "tokenizer.json: a normalizer").type ~= "NFC" then
+      unsupported("tokenizer.json: its normalizer is %s, not NFC", tostring(step.type))
+    end
   end
-  unsupported("tokenizer.json: its normalizer is %s, not NFC",
-    type(normalizer) == "table" and tostring(normalizer.type) or "malformed")
+  return #steps > 0
 end
 
+-- Whether the model's own library begins every text with a special token.
 local function template_adds_bos(post)
-  if type(post) ~= "table" then return false end
-  for _, entry in ipairs(post.type == "Sequence" and post.processors or { post }) do
-    local first = entry.type == "TemplateProcessing" and type(entry.single) == "table" and entry.single[1]
-    if type(first) == "table" and first.SpecialToken then return true end
+  if object(post, "tokenizer.json: post_processor") == nil then return false end
+  local processors = { post }
+  if post.type == "Sequence" then processors = list(post.processors, "tokenizer.json: processors") or {} end
+  for _, entry in ipairs(processors) do
+    object(entry, "tokenizer.json: a post_processor")
+    local single = entry.type == "TemplateProcessing" and list(entry.single, "tokenizer.json: single") or {}
+    if type(single[1]) == "table" and single[1].SpecialToken then return true end
   end
   return false
 end
@@ -176,13 +205,15 @@ local function read_tokenizer_json(dir, spec)
   spec.split = split_of(root.pre_tokenizer)
   spec.nfc = wants_nfc(root.normalizer)
   spec.whole_pieces = model.ignore_merges == true
-  spec.vocab, spec.merges, spec.text_flags = model.vocab, model.merges, C.HALO_TOKEN_PRINTABLE
+  spec.vocab, spec.text_flags = vocabulary(model.vocab, "tokenizer.json: vocab"), C.HALO_TOKEN_PRINTABLE
+  spec.merges = list(model.merges, "tokenizer.json: merges")
   spec.added = {}
-  for _, entry in ipairs(type(root.added_tokens) == "table" and root.added_tokens or {}) do
+  for _, entry in ipairs(list(root.added_tokens, "tokenizer.json: added_tokens") or {}) do
     local text = type(entry) == "table" and token_text(entry)
     if not text then malformed "tokenizer.json: an added token has no content" end
     check_added(entry, "tokenizer.json")
     if spec.added[text] ~= nil then malformed("tokenizer.json: the added token %q is there twice", text) end
+    if entry.id == nil then malformed("tokenizer.json: the added token %q has no id", text) end
     spec.added[text] = entry.id
   end
   local config_says = spec.adds_bos
@@ -193,10 +224,10 @@ end
 ---- vocab.json and merges.txt --------------------------------------------------------------------
 
 local function read_vocab_and_merges(dir, spec, config, kind)
-  spec.vocab = read_json(dir, "vocab.json", spec.files)
+  spec.vocab = vocabulary(read_json(dir, "vocab.json", spec.files), "vocab.json")
   local merges = read_file(dir, "merges.txt", spec.files)
   if not merges then malformed "vocab.json without merges.txt" end
-  spec.added = spec.listed or read_json(dir, "added_tokens.json", spec.files) or {}
+  spec.added = spec.listed or vocabulary(read_json(dir, "added_tokens.json", spec.files), "added_tokens.json") or {}
   -- The files do not say which pattern they were made with; the class does. Without one, GPT-2's own
   -- release is known by its end-of-text token, which later families keep outside vocab.json.
   kind = kind or classes[config.tokenizer_class]
