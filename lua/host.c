@@ -15,6 +15,10 @@
  *   remember(line)       add a line to the history, and to its file
  *   completer(f)         f(text up to the cursor) -> text to insert, text to show below (or nil)
  *   catch_interrupts(on) install the handler, or put the old one back
+ *   supervise(argv)      run a program and give its exit code (128 + signal when one ended it); SIGTERM
+ *                        and SIGINT that reach us reach it as SIGUSR1, "save and stop", the first time
+ *   supervise(argv)      run a program beside us and give its exit code; requests to stop reach it as
+ *                        SIGUSR1 the first time
  *   running(mode)        what Ctrl-C does: "no": drop the line; "stoppable": stop Lua; "together":
  *                        several ranks run the same line: ask again, then end
  */
@@ -30,6 +34,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { EXIT_INTERNAL = 70, HISTORY_LINES = 2000 };
@@ -99,6 +105,63 @@ static int host_running(lua_State *L) {
     if (session.catching) install(); // a first Ctrl-C on several ranks took the handler away
   }
   return 0;
+}
+
+/* ---- Supervising ---------------------------------------------------------------------------- */
+
+static volatile sig_atomic_t child_pid, asked_to_stop;
+
+/* mpirun 4.1 answers SIGTERM and SIGINT by killing its ranks and loses their exit code; SIGUSR1 it
+ * passes on untouched, so that is how ranks hear of "save and stop". A second request goes through
+ * as it is. */
+static void pass_on(int signal_number) {
+  const int is_stop = signal_number == SIGTERM || signal_number == SIGINT;
+  if (child_pid > 0) kill(child_pid, is_stop && !asked_to_stop ? SIGUSR1 : signal_number);
+  if (is_stop) asked_to_stop = 1;
+}
+
+static int host_supervise(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  const int n = (int)lua_objlen(L, 1);
+  const char **argv = lua_newuserdata(L, (size_t)(n + 1) * sizeof *argv);
+  for (int i = 0; i < n; i++) {
+    lua_rawgeti(L, 1, i + 1);
+    argv[i] = luaL_checkstring(L, -1); // the table keeps it alive
+    lua_pop(L, 1);
+  }
+  argv[n] = NULL;
+  fflush(NULL);
+  enum { SIGNALS = 5 };
+  static const int signals[SIGNALS] = {SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP};
+  struct sigaction action = {.sa_handler = pass_on, .sa_flags = SA_RESTART}, old[SIGNALS];
+  sigset_t all, before;
+  sigfillset(&all);
+  sigprocmask(SIG_SETMASK, &all, &before); // nothing is lost between fork and the handlers
+  const pid_t pid = fork();
+  if (pid < 0) {
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    return luaL_error(L, "cannot start %s: %s", argv[0], strerror(errno));
+  }
+  if (pid == 0) {
+    setpgid(0, 0); // Ctrl-C at the terminal is for us, who pass it on
+    prctl(PR_SET_PDEATHSIG, SIGTERM); // no ranks without anybody who waits for them
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    execvp(argv[0], (char *const *)argv);
+    fprintf(stderr, "halo: cannot start %s: %s\n", argv[0], strerror(errno));
+    _exit(127);
+  }
+  child_pid = pid;
+  asked_to_stop = 0;
+  sigemptyset(&action.sa_mask);
+  for (int i = 0; i < SIGNALS; i++) sigaction(signals[i], &action, &old[i]);
+  sigprocmask(SIG_SETMASK, &before, NULL);
+  int status = 0;
+  while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
+  }
+  child_pid = 0;
+  for (int i = 0; i < SIGNALS; i++) sigaction(signals[i], &old[i], NULL);
+  lua_pushinteger(L, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+  return 1;
 }
 
 /* ---- Line editing -------------------------------------------------------------------------- */
@@ -279,6 +342,7 @@ static void set_host_table(lua_State *L, const char *exe, const char *dir) {
       {"readline", host_readline},     {"history", host_history},
       {"remember", host_remember},     {"completer", host_completer},
       {"running", host_running},       {"catch_interrupts", host_catch_interrupts},
+      {"supervise", host_supervise},
       {NULL, NULL},
   };
   lua_newtable(L);

@@ -77,11 +77,14 @@ function M.command(n, argv, no_input)
   return words
 end
 
---- Make sure that as many ranks run as are wanted: returns when they do, re-executes the program under
+--- Make sure that as many ranks run as are wanted: returns nil when they do, starts the program again under
 -- mpirun when it was started alone.
 -- @tparam int wanted ranks
 -- @tparam table argv the command line to start again, program first
--- @tparam[opt] table o `origin` (what asks for the ranks, for the message), `no_input`
+-- @tparam[opt] table o `origin` (what asks for the ranks, for the message), `no_input`,
+-- `supervise` (stay beside the ranks, pass signals on as requests to save, and return their exit code;
+-- otherwise this process becomes mpirun)
+-- @treturn ?int exit code of the ranks, when they were supervised
 function M.ensure(wanted, argv, o)
   o = o or {}
   local size, _, launched = M.job()
@@ -102,7 +105,10 @@ function M.ensure(wanted, argv, o)
     process.setenv("OMP_NUM_THREADS", math.max(1, math.floor(process.cores() / wanted)))
   end
   for name, value in pairs(term.environment()) do process.setenv(name, value) end
-  process.exec(M.command(wanted, argv, o.no_input))
+  local command = M.command(wanted, argv, o.no_input)
+  local host = rawget(_G, "halo_host")
+  if o.supervise and host then return host.supervise(command) end
+  process.exec(command)
 end
 
 return M

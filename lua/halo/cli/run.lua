@@ -22,8 +22,9 @@ end
 function M.run(options)
   local resolved = cli.read_recipe(options)
   local mesh = resolved.mesh
-  launch.ensure(mesh.dp * mesh.cp, options.argv,
-    { origin = ("mesh { dp = %d, cp = %d }"):format(mesh.dp, mesh.cp) })
+  local ended = launch.ensure(mesh.dp * mesh.cp, options.argv,
+    { origin = ("mesh { dp = %d, cp = %d }"):format(mesh.dp, mesh.cp), supervise = true, no_input = true })
+  if ended then return ended end
   local _, code = require("halo.train").run(resolved, {
     resume = options.resume, out = options.out, verbose = options.verbose or false,
   })
