@@ -1,14 +1,15 @@
-/* nn.c: shape rules and gradients of the layers of a transformer: embedding, linear, RMSNorm, rotary
- * embedding, SwiGLU. The losses are in nn_loss.c, the arithmetic is in kernels/.
+/* nn.c: shape rules and gradients of the layers of a transformer: embedding, linear, RMSNorm,
+ * rotary embedding, SwiGLU. The losses are in nn_loss.c, the arithmetic is in kernels/.
  *
- * Every op sees its tensor as a matrix of rows: leading dims are collapsed when one stride describes
- * them, so a slice of a packed projection goes to the kernels without a copy.
+ * Every op sees its tensor as a matrix of rows: leading dims are collapsed when one stride
+ * describes them, so a slice of a packed projection goes to the kernels without a copy.
  *
- * Weight gradients are added where the leaf already keeps its gradient (accumulate_into), in the fp32
- * of the optimizer's flat buffer even for bf16 weights: the product runs with beta = 1, and no
+ * Weight gradients are added where the leaf already keeps its gradient (accumulate_into), in the
+ * fp32 of the optimizer's flat buffer even for bf16 weights: the product runs with beta = 1, and no
  * intermediate tensor of a weight's size is made.
  */
 #include "nn.h"
+#include "op.h"
 
 #include <math.h>
 #include <string.h>
@@ -98,11 +99,6 @@ halo_status halo__gemm(halo_device device, const halo_gemm *g) {
   return halo__kernels(device)->gemm(g);
 }
 
-/* `passes` reads or writes of t go into the trace. */
-static void count_passes(const halo_tensor *t, double passes) {
-  halo_trace_work(passes * (double)halo_tensor_count(t) * (double)halo_dtype_bytes(t->dtype), 0);
-}
-
 static bool is_index(const halo_tensor *t) { return t->dtype == HALO_I32 || t->dtype == HALO_I64; }
 
 /* ---- embedding ----------------------------------------------------------------------------- */
@@ -121,7 +117,7 @@ halo_status halo__embedding_fwd(halo__call *c) {
   HALO_TRY_GOTO(halo_tensor_new(&c->out[0], w->dtype, halo__device(w), ids->ndim + 1, shape));
   HALO_TRY_GOTO(halo__contiguous(&weight, w));
   HALO_TRY_GOTO(halo__contiguous(&index, ids));
-  count_passes(c->out[0], 2);
+  halo__count_passes(c->out[0], 2);
   HALO_TRY_GOTO(halo__kernels(halo__device(w))
                     ->embedding_fwd(w->dtype, halo__data(c->out[0]), halo__data(weight), ids->dtype,
                                     halo__data(index), halo_tensor_count(ids), w->shape[0],
@@ -140,7 +136,7 @@ halo_status halo__embedding_bwd(halo__call *c) {
   HALO_TRY_GOTO(halo__contiguous(&dy, c->grad_out[0]));
   HALO_TRY_GOTO(halo__contiguous(&index, ids));
   HALO_TRY_GOTO(halo__grad_target(c, 0, halo__acc_dtype(w->dtype), &into, NULL));
-  count_passes(dy, 3);
+  halo__count_passes(dy, 3);
   HALO_TRY_GOTO(halo__kernels(halo__device(w))
                     ->embedding_bwd(into->dtype, halo__data(into), dy->dtype, halo__data(dy),
                                     ids->dtype, halo__data(index), halo_tensor_count(ids),
@@ -157,9 +153,10 @@ done:
 static halo_status check_linear(const halo_tensor *x, const halo_tensor *w, const halo_tensor *b) {
   HALO_CHECK(halo__is_float(x->dtype) && x->ndim >= 1, HALO_EARG,
              "linear: x must be a floating [...,I], got %s", halo__describe(x));
-  HALO_CHECK(w->dtype == x->dtype && w->ndim == 2 && w->shape[1] == x->shape[x->ndim - 1], HALO_EARG,
-             "linear: weight must be %s [O,%lld] for x %s, got %s", halo_dtype_name(x->dtype),
-             (long long)x->shape[x->ndim - 1], halo__describe(x), halo__describe(w));
+  HALO_CHECK(w->dtype == x->dtype && w->ndim == 2 && w->shape[1] == x->shape[x->ndim - 1],
+             HALO_EARG, "linear: weight must be %s [O,%lld] for x %s, got %s",
+             halo_dtype_name(x->dtype), (long long)x->shape[x->ndim - 1], halo__describe(x),
+             halo__describe(w));
   HALO_CHECK(b == NULL || (b->dtype == x->dtype && b->ndim == 1 && b->shape[0] == w->shape[0]),
              HALO_EARG, "linear: bias must be %s [%lld], got %s", halo_dtype_name(x->dtype),
              (long long)w->shape[0], halo__describe(b));
@@ -265,8 +262,8 @@ halo_status halo__rmsnorm_fwd(halo__call *c) {
   const double eps = c->param[0];
   HALO_CHECK(halo__is_float(x->dtype) && x->ndim >= 1, HALO_EARG,
              "rmsnorm: x must be a floating [...,E], got %s", halo__describe(x));
-  HALO_CHECK(w->dtype == x->dtype && w->ndim == 1 && w->shape[0] == x->shape[x->ndim - 1], HALO_EARG,
-             "rmsnorm: weight must be %s [%lld], got %s", halo_dtype_name(x->dtype),
+  HALO_CHECK(w->dtype == x->dtype && w->ndim == 1 && w->shape[0] == x->shape[x->ndim - 1],
+             HALO_EARG, "rmsnorm: weight must be %s [%lld], got %s", halo_dtype_name(x->dtype),
              (long long)x->shape[x->ndim - 1], halo__describe(w));
   HALO_CHECK(eps >= 0 && isfinite(eps), HALO_EARG, "rmsnorm: eps is %g, wanted a number >= 0", eps);
   halo__matrix m = {0};
@@ -278,11 +275,11 @@ halo_status halo__rmsnorm_fwd(halo__call *c) {
     HALO_TRY_GOTO(halo_tensor_new(&c->saved[0], halo__acc_dtype(x->dtype), halo__device(x), 1,
                                   &m.rows));
   }
-  count_passes(x, 2);
+  halo__count_passes(x, 2);
   HALO_TRY_GOTO(halo__kernels(halo__device(x))
                     ->rmsnorm_fwd(x->dtype, halo__data(c->out[0]),
-                                  c->saved[0] != NULL ? halo__data(c->saved[0]) : NULL, m.data, m.ld,
-                                  halo__data(weight), m.rows, m.cols, eps));
+                                  c->saved[0] != NULL ? halo__data(c->saved[0]) : NULL, m.data,
+                                  m.ld, halo__data(weight), m.rows, m.cols, eps));
 done:
   halo__matrix_free(&m);
   halo_tensor_free(weight);
@@ -298,7 +295,7 @@ halo_status halo__rmsnorm_bwd(halo__call *c) {
   HALO_TRY_GOTO(halo__contiguous(&dy, c->grad_out[0]));
   if (c->need_grad[0]) HALO_TRY_GOTO(halo__new_like(&c->grad_in[0], x));
   if (c->need_grad[1]) HALO_TRY_GOTO(halo__grad_target(c, 1, w->dtype, &dw, NULL));
-  count_passes(x, 3);
+  halo__count_passes(x, 3);
   HALO_TRY_GOTO(halo__kernels(halo__device(x))
                     ->rmsnorm_bwd(x->dtype, c->need_grad[0] ? halo__data(c->grad_in[0]) : NULL,
                                   dw != NULL ? dw->dtype : w->dtype,
@@ -337,8 +334,8 @@ halo_status halo__rope_table_fwd(halo__call *c) {
   HALO_TRY_GOTO(halo__contiguous(&p, positions));
   HALO_TRY_GOTO(halo__contiguous(&f, inv_freq));
   HALO_TRY_GOTO(halo__kernels(device)->rope_table(
-      (halo_dtype)t, halo__data(c->out[0]), halo__data(c->out[1]), p->dtype, halo__data(p), f->dtype,
-      halo__data(f), halo_tensor_count(positions), half, scale, is_exact));
+      (halo_dtype)t, halo__data(c->out[0]), halo__data(c->out[1]), p->dtype, halo__data(p),
+      f->dtype, halo__data(f), halo_tensor_count(positions), half, scale, is_exact));
 done:
   halo_tensor_free(p);
   halo_tensor_free(f);
@@ -391,7 +388,7 @@ static halo_status rotate(halo__call *c, halo_tensor *y, halo_tensor *x, double 
   const int32_t n = cos_table->ndim;
   const int64_t half = cos_table->shape[n - 1];
   const bool is_shared = n == 2 || cos_table->shape[0] == 1;
-  count_passes(x, 2);
+  halo__count_passes(x, 2);
   HALO_TRY_GOTO(halo__kernels(halo__device(x))
                     ->rope(x->dtype, halo__data(y), halo__data(x), x->stride, halo__data(cos_table),
                            halo__data(sin_table), is_shared ? 0 : x->shape[1] * half, x->shape[0],
@@ -431,7 +428,7 @@ halo_status halo__swiglu_fwd(halo__call *c) {
   HALO_TRY_GOTO(halo__new_like(&c->out[0], gate));
   HALO_TRY_GOTO(halo__matrix_of(&g, gate));
   HALO_TRY_GOTO(halo__matrix_of(&u, up));
-  count_passes(gate, 3);
+  halo__count_passes(gate, 3);
   HALO_TRY_GOTO(halo__kernels(halo__device(gate))
                     ->swiglu_fwd(gate->dtype, halo__data(c->out[0]), g.data, g.ld, u.data, u.ld,
                                  g.rows, g.cols));
@@ -450,7 +447,7 @@ halo_status halo__swiglu_bwd(halo__call *c) {
   HALO_TRY_GOTO(halo__matrix_of(&u, c->in[1]));
   HALO_TRY_GOTO(halo__new_like(&c->grad_in[0], gate));
   HALO_TRY_GOTO(halo__new_like(&c->grad_in[1], gate));
-  count_passes(gate, 5);
+  halo__count_passes(gate, 5);
   HALO_TRY_GOTO(halo__kernels(halo__device(gate))
                     ->swiglu_bwd(gate->dtype, halo__data(c->grad_in[0]), g.cols,
                                  halo__data(c->grad_in[1]), g.cols, halo__data(dy), g.data, g.ld,
@@ -479,7 +476,7 @@ halo_status halo__swiglu_packed_fwd(halo__call *c) {
   halo_status status = HALO_OK;
   HALO_TRY_GOTO(halo_tensor_new(&c->out[0], x->dtype, halo__device(x), x->ndim, shape));
   HALO_TRY_GOTO(halo__matrix_of(&m, x));
-  count_passes(x, 1.5);
+  halo__count_passes(x, 1.5);
   HALO_TRY_GOTO(halo__kernels(halo__device(x))
                     ->swiglu_fwd(x->dtype, halo__data(c->out[0]), m.data, m.ld,
                                  second_half(m.data, x->dtype, half), m.ld, m.rows, half));
@@ -498,7 +495,7 @@ halo_status halo__swiglu_packed_bwd(halo__call *c) {
   HALO_TRY_GOTO(halo__new_like(&c->grad_in[0], x));
   void *dx = halo__data(c->grad_in[0]);
   const int64_t half = m.cols / 2;
-  count_passes(x, 2.5);
+  halo__count_passes(x, 2.5);
   HALO_TRY_GOTO(halo__kernels(halo__device(x))
                     ->swiglu_bwd(t, dx, m.cols, second_half(dx, t, half), m.cols, halo__data(dy),
                                  m.data, m.ld, second_half(m.data, t, half), m.ld, m.rows, half));

@@ -12,15 +12,15 @@ typedef struct halo__matrix {
   int64_t rows, cols, ld;
 } halo__matrix;
 
-/* View t as a matrix: t itself where the leading dims have one common stride, else a contiguous copy.
- * Free with halo__matrix_free. */
+/* View t as a matrix: t itself where the leading dims have one common stride, else a contiguous
+ * copy. Free with halo__matrix_free. */
 halo_status halo__matrix_of(halo__matrix *out, halo_tensor *t);
 void halo__matrix_free(halo__matrix *m);
 
 /* Where the gradient of input i of a call is to be added: the leaf's own buffer, when the tape has
  * one of the input's dtype or of its arithmetic dtype, else a new tensor of `dtype` that becomes
- * grad_in[i]. beta_out, if given, is 1 for the leaf's buffer and 0 for the new tensor, whose contents
- * are then undefined; without beta_out the new tensor is zero. Borrowed. */
+ * grad_in[i]. beta_out, if given, is 1 for the leaf's buffer and 0 for the new tensor, whose
+ * contents are then undefined; without beta_out the new tensor is zero. Borrowed. */
 halo_status halo__grad_target(halo__call *c, int32_t i, halo_dtype dtype, halo_tensor **out,
                               double *beta_out);
 

@@ -1,7 +1,7 @@
 /* optim.c: AdamW over a list of parameters, with everything it keeps in flat buffers.
  *
  *      parameters   [ w0 ][ w1 ]...[ wn ]        wherever their owner put them
- *      gradients    |  0  |  1  |...|  n  |      one buffer; each parameter's gradient is a view of it
+ *      gradients    |  0  |  1  |...|  n  |      one buffer; a parameter's gradient is a view of it
  *      moments      |  0  |  1  |...|  n  |      the same offsets, twice
  *      masters      |  0  |  1  |...|  n  |      only when some parameter is bf16
  *
@@ -10,8 +10,8 @@
  * the arithmetic dtype: fp32 for fp32 and bf16 parameters, fp64 for fp64 ones. A bf16 parameter is
  * the rounded image of its fp32 master; steps of 1e-3 of its value would be lost in 8 bits.
  *
- * The bias correction is that of the step number given, not of a counter kept here, so that resuming
- * needs the moments and nothing else.
+ * The bias correction is that of the step number given, not of a counter kept here, so that
+ * resuming needs the moments and nothing else.
  */
 #include "internal.h"
 #include "kernels.h"
@@ -213,8 +213,8 @@ halo_status halo_adamw_step(halo_adamw *o, int64_t step, double lr, double beta1
                                        .grad_scale = grad_scale, .step = step};
     const int64_t n = o->offset[i + 1] - o->offset[i], at = o->offset[i];
     const int64_t width = halo_dtype_bytes(o->wide), own = halo_dtype_bytes(p->dtype);
-    halo_trace_work((double)n * (double)(5 * width + (o->master != NULL ? 2 * width + own : 2 * own)),
-                    0);
+    const int64_t weights = o->master != NULL ? 2 * width + own : 2 * own;
+    halo_trace_work((double)n * (double)(5 * width + weights), 0);
     status = halo__kernels(o->device)->adamw(p->dtype, halo__data(p), element(o->master, at),
                                              element(o->grad, at), element(o->moment1, at),
                                              element(o->moment2, at), n, &args);

@@ -25,8 +25,8 @@ static inline void halo__blas_gemm_f64(double *c, int64_t ldc, const double *a, 
                                        bool b_transposed, int64_t m, int64_t n, int64_t k,
                                        double alpha, double beta) {
   cblas_dgemm(CblasRowMajor, a_transposed ? CblasTrans : CblasNoTrans,
-              b_transposed ? CblasTrans : CblasNoTrans, (blasint)m, (blasint)n, (blasint)k, alpha, a,
-              (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+              b_transposed ? CblasTrans : CblasNoTrans, (blasint)m, (blasint)n, (blasint)k, alpha,
+              a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
 }
 
 #endif

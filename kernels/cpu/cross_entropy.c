@@ -5,12 +5,12 @@
  *
  * shapes    z, dz [rows,V], rows ld elements apart; labels [rows]; loss, l [rows] in the arithmetic
  *           type
- * labels    i64; a row whose label is `ignore` has loss 0 and gradient 0; the others were checked to
- *           lie in [0,V)
+ * labels    i64; a row whose label is `ignore` has loss 0 and gradient 0; the others were checked
+ *           to lie in [0,V)
  * fused     cross_entropy_fused turns logits into gradients in place and gives the loss: the row
  *           (200 KB at V = 50257) stays in the second-level cache between its three passes, so
- *           memory sees one read and one write. g is one number per row (its weight), or NULL for 1;
- *           the loss is without it
+ *           memory sees one read and one write. g is one number per row (its weight), or NULL for
+ *           1; the loss is without it
  * numbers   maximum first; sums of 1024 terms in the arithmetic type, their sum in fp64
  * twin      kernels/cuda/cross_entropy.cu
  */

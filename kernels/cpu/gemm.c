@@ -49,7 +49,7 @@ static void product_blas(const halo_gemm *g, int64_t i) {
   }
 }
 
-/* An fp32 view of the rows x cols block of op(x) at (row, col): x itself, or its copy in `panel`. */
+/* The rows x cols block of op(x) at (row, col) in fp32: x itself, or its copy in `panel`. */
 static const float *widened(const halo_operand *x, int64_t offset, int64_t row, int64_t col,
                             int64_t rows, int64_t cols, float *panel, int64_t *ld_out) {
   const int64_t first = offset + corner(x, row, col);

@@ -8,10 +8,10 @@
  * layout    x: D contiguous, strides in elements for B, T, H; y contiguous
  * gradient  the same kernel with sign = -1: the transpose of scale * rotation is scale * the
  *           rotation back, so a scaled table (YaRN) needs nothing more
- * numbers   the angle is rounded to fp32 like Transformers' (fp32 frequencies times fp32 positions),
- *           then cos and sin are taken in fp64: equal to theirs within one rounding. exact != 0
- *           keeps the angle in fp64: beyond 2^17 tokens an fp32 angle of the fastest frequency is
- *           off by up to 2^-7 rad
+ * numbers   the angle is rounded to fp32 like Transformers' (fp32 frequencies times fp32
+ *           positions), then cos and sin are taken in fp64: equal to theirs within one rounding.
+ *           exact != 0 keeps the angle in fp64: beyond 2^17 tokens an fp32 angle of the fastest
+ *           frequency is off by up to 2^-7 rad
  * twin      kernels/cuda/rope.cu
  */
 #define HALO_EACH_REAL_FILE "cpu/rope.c"
@@ -43,7 +43,8 @@ static halo_status REAL(rope_table)(real *restrict cos_out, real *restrict sin_o
     const double position = tp == HALO_I64 ? (double)((const int64_t *)positions)[i]
                                            : (double)((const int32_t *)positions)[i];
     for (int64_t j = 0; j < half; j++) {
-      const double f = tf == HALO_F64 ? ((const double *)inv_freq)[j] : ((const float *)inv_freq)[j];
+      const double f =
+          tf == HALO_F64 ? ((const double *)inv_freq)[j] : ((const float *)inv_freq)[j];
       const double angle = exact ? position * f : (double)((float)position * (float)f);
       cos_out[i * half + j] = STORE((acc)(scale * cos(angle)));
       sin_out[i * half + j] = STORE((acc)(scale * sin(angle)));

@@ -47,7 +47,8 @@ static halo_status REAL(swiglu_bwd)(real *restrict dg, int64_t lddg, real *restr
                                     int64_t cols) {
 #pragma omp parallel for schedule(static) if (rows * cols > 1 << 13)
   for (int64_t i = 0; i < rows; i++) {
-    const real *restrict gi = g + i * ldg, *restrict ui = u + i * ldu, *restrict dyi = dy + i * cols;
+    const real *restrict gi = g + i * ldg, *restrict ui = u + i * ldu;
+    const real *restrict dyi = dy + i * cols;
     real *restrict dgi = dg + i * lddg, *restrict dui = du + i * lddu;
     for (int64_t j = 0; j < cols; j++) {
       const acc gv = LOAD(gi[j]), s = HALO__SIGMOID(gv), d = LOAD(dyi[j]);

@@ -4,15 +4,15 @@
  *   e^r    = 1 + r + r^2 q(r),  |r| <= ln(2)/2
  *
  * q has degree 4; its coefficients are a Chebyshev fit of (e^r - 1 - r)/r^2 on [-0.347, 0.347] made
- * for this file and rounded to fp32: the polynomial's relative error is 1.04e-8 (0.17 ulp), the whole
- * function's is below 1.5 * 2^-24 over the inputs (tests/c/test_nn.c sweeps it against libm).
- * Results below 2^-126 are flushed to 0, above FLT_MAX they are inf; NaN stays NaN, exp(-inf) = 0 and
- * exp(0) = 1 exactly. The fused steps are written with fmaf, because -fassociative-math would be free
- * to undo x - n*hi - n*lo.
+ * for this file and rounded to fp32: the polynomial's relative error is 1.04e-8 (0.17 ulp), the
+ * whole function's is below 1.5 * 2^-24 over the inputs (tests/c/test_nn.c sweeps it against libm).
+ * Results below 2^-126 are flushed to 0, above FLT_MAX they are inf; NaN stays NaN, exp(-inf) = 0
+ * and exp(0) = 1 exactly. The fused steps are written with fmaf, because -fassociative-math would
+ * be free to undo x - n*hi - n*lo.
  *
- * Branch-free and always inlined: a call, or a select that gcc 12 turns into a branch by sinking the
- * arithmetic behind it, keeps the vectoriser out and costs a factor of ten. So underflow is a mask of
- * bits.
+ * Branch-free and always inlined: a call, or a select that gcc 12 turns into a branch by sinking
+ * the arithmetic behind it, keeps the vectoriser out and costs a factor of ten. So underflow is a
+ * mask of bits.
  *
  * fp64 is the definition that tests compare with, so it calls libm.
  */

@@ -92,7 +92,8 @@ function methods:init(o)
   for _, p in ipairs(self:parameters()) do
     local rule = rules[p.tensor]
     if rule and rule.std then
-      local values = tensor.normal { shape = p.tensor.shape, seed = o.seed, stream = M.stream_of(p.name), std = rule.std }
+      local values = tensor.normal { shape = p.tensor.shape, seed = o.seed, stream = M.stream_of(p.name),
+        std = rule.std }
       p.tensor:copy_from(values)
       values:free()
     elseif rule then
@@ -128,10 +129,10 @@ end
 function M.linear(o)
   o = args.named("nn.linear", o, { inputs = "int", outputs = "int", bias = { "boolean", false },
     std = { "number", 0.02 }, dtype = { "string", "f32" }, device = { "string", "cpu" } })
-  local place = { dtype = o.dtype, device = o.device }
+  local bias = o.bias and M.parameter { shape = { o.outputs }, value = 0, dtype = o.dtype, device = o.device }
   return M.module {
-    weight = M.parameter { shape = { o.outputs, o.inputs }, std = o.std, dtype = place.dtype, device = place.device },
-    bias = o.bias and M.parameter { shape = { o.outputs }, value = 0, dtype = place.dtype, device = place.device } or nil,
+    weight = M.parameter { shape = { o.outputs, o.inputs }, std = o.std, dtype = o.dtype, device = o.device },
+    bias = bias or nil,
     forward = function(self, x) return ops.linear(x, self.weight, self.bias) end,
   }:init()
 end
@@ -150,8 +151,8 @@ end
 --- Rows by token id, normal(0, std).
 -- @tparam table o `vocab`, `size`, `std` (0.02), `dtype`, `device`
 function M.embedding(o)
-  o = args.named("nn.embedding", o, { vocab = "int", size = "int", std = { "number", 0.02 }, dtype = { "string", "f32" },
-    device = { "string", "cpu" } })
+  o = args.named("nn.embedding", o, { vocab = "int", size = "int", std = { "number", 0.02 },
+    dtype = { "string", "f32" }, device = { "string", "cpu" } })
   return M.module {
     weight = M.parameter { shape = { o.vocab, o.size }, std = o.std, dtype = o.dtype, device = o.device },
     forward = function(self, ids) return ops.embedding(self.weight, ids) end,

@@ -133,7 +133,8 @@ function Optimizer:set_state(state)
   local own = self:state()
   for _, name in ipairs { "moment1", "moment2", "master" } do
     if (own[name] == nil) ~= (state[name] == nil) then
-      errors.raise("usage", ("set_state: %s is %s"):format(name, own[name] and "missing" or "not part of this optimizer"), 2)
+      errors.raise("usage", ("set_state: %s is %s"):format(name,
+        own[name] and "missing" or "not part of this optimizer"), 2)
     end
   end
   for _, name in ipairs { "moment1", "moment2", "master" } do

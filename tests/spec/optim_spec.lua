@@ -111,7 +111,8 @@ describe("optim.adamw", function()
   end)
 
   it("says where each parameter lies", function()
-    local opt = optim.adamw({ { name = "a", tensor = leaf { { 1, 2 }, { 3, 4 } } }, { name = "b", tensor = leaf { 5 } } })
+    local a, b = leaf { { 1, 2 }, { 3, 4 } }, leaf { 5 }
+    local opt = optim.adamw { { name = "a", tensor = a }, { name = "b", tensor = b } }
     assert.same({ { name = "a", first = 0, count = 4, shape = { 2, 2 } },
       { name = "b", first = 4, count = 1, shape = { 1 } } }, opt:layout())
     assert.matches("AdamW over 2 parameters", tostring(opt))

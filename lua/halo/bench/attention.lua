@@ -15,7 +15,12 @@ local tensor = require "halo.tensor"
 
 local C = halo_ffi.C
 
-local M = { name = "attention", summary = "dense and sparse attention, forward and backward" }
+local M = {
+  name = "attention",
+  summary = "dense and sparse attention, forward and backward",
+  options = { tokens = { "int", 8192 }, heads = { "int", 12 }, kv_heads = { "int", 12 }, head_dim = { "int", 64 },
+    block = { "int", 64 }, kept = { "number", 0.1 }, repeats = { "int", 3 } },
+}
 
 local function median(list)
   table.sort(list)
@@ -87,9 +92,7 @@ Result.__index = Result
 --   `product_gflops` and the sizes; prints as a table, and is plain data for JSON
 -- @usage print(require("halo.bench.attention").run { tokens = 4096 })
 function M.run(o)
-  o = args.named("bench.attention", o or {}, { tokens = { "int", 8192 }, heads = { "int", 12 },
-    kv_heads = { "int", 12 }, head_dim = { "int", 64 }, block = { "int", 64 }, kept = { "number", 0.1 },
-    repeats = { "int", 3 } })
+  o = args.named("bench.attention", o or {}, M.options)
   local comm = comms.self()
   local ring = rings.new { comm = comm }
   local layout = layouts.new { kind = "contiguous", tokens = o.tokens, block = o.block }

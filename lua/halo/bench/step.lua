@@ -1,0 +1,185 @@
+--- One training step of a model of 124 M parameters: where the time goes, and how near it is to the time
+-- that its products alone would take by plain BLAS.
+--
+--    bound = sum over all products of (calls x best sgemm time of that shape), measured between steps
+--          + flops of attention / best sgemm rate seen
+--    share = bound / best step
+--
+-- The shape is GPT-2 small's (12 layers, width 768, 12 heads, vocabulary 50257, T = 1024, B = 4) with a
+-- gated MLP of 2048, which has as many weights as GPT-2's of 3072.
+local attending = require "halo.attending"
+local bench = require "halo.bench"
+local ffi = require "ffi"
+local memory = require "halo.memory"
+local model = require "halo.model"
+local optim = require "halo.optim"
+local tensor = require "halo.tensor"
+local term = require "halo.term"
+local trace = require "halo.trace"
+
+local M = {
+  name = "step",
+  summary = "one training step: tokens/s, share of each op, peak memory",
+  options = { layers = { "int", 12 }, width = { "int", 768 }, heads = { "int", 12 }, kv_heads = "int?",
+    ffn = { "int", 2048 }, vocab = { "int", 50257 }, batch = { "int", 4 }, tokens = { "int", 1024 },
+    steps = { "int", 3 }, recompute = { "boolean", false }, dtype = { "string", "f32" } },
+}
+
+local function build(o)
+  local config = model.config { family = "llama", layers = o.layers, width = o.width, heads = o.heads,
+    kv_heads = o.kv_heads, ffn = o.ffn, vocab = o.vocab, context = o.tokens, tie = true }
+  return memory.tagged("weights", model.build, config, { dtype = o.dtype })
+end
+
+-- A batch of random tokens; content does not matter for time.
+local function batch_of(o)
+  local ids = tensor.uniform { o.batch, o.tokens, lo = 0, hi = o.vocab, seed = 1 }:cast "i32"
+  local labels = tensor.uniform { o.batch, o.tokens, lo = 0, hi = o.vocab, seed = 2 }:cast "i32"
+  local positions = tensor.arange { count = o.tokens, dtype = "i32" }:reshape { 1, o.tokens }
+  return ids, labels, positions
+end
+
+-- Products of a step as { m, n, k, form, count }: every linear has one forward and two backward.
+local function products(c, o)
+  local rows, list = o.batch * o.tokens, {}
+  local function linear(n, k, count, tokens)
+    local chunks = math.ceil(rows / (tokens or rows))
+    local m = math.ceil(rows / chunks)
+    list[#list + 1] = { m = m, n = n, k = k, tb = true, count = count * chunks, forward = true }
+    list[#list + 1] = { m = m, n = k, k = n, count = count * chunks }
+    list[#list + 1] = { m = n, n = k, k = m, ta = true, beta = 1, count = count * chunks }
+  end
+  linear(c.heads * c.head_dim, c.width, o.layers)
+  linear(c.kv_heads * c.head_dim, c.width, 2 * o.layers)
+  linear(c.width, c.heads * c.head_dim, o.layers)
+  linear(c.ffn, c.width, 2 * o.layers)
+  linear(c.width, c.ffn, o.layers)
+  linear(c.vocab, c.width, 1, math.max(1, math.floor(c.width / 2)))
+  return list
+end
+
+-- Keeps the best sgemm time of each product in p.seconds. Products of the same shape are timed once.
+local function time_products(list, buffers)
+  local done = {}
+  for _, p in ipairs(list) do
+    local key = ("%d %d %d %s %s"):format(p.m, p.n, p.k, tostring(p.ta), tostring(p.tb))
+    if not done[key] then
+      local start = bench.clock()
+      bench.sgemm { c = buffers.c, a = buffers.a, b = buffers.b, m = p.m, n = p.n, k = p.k, ta = p.ta, tb = p.tb,
+        beta = p.beta }
+      done[key] = bench.clock() - start
+    end
+    p.seconds = math.min(p.seconds or math.huge, done[key])
+  end
+end
+
+-- Room for the largest operands.
+local function yardstick_buffers(list)
+  local a, b, c = 1, 1, 1
+  for _, p in ipairs(list) do
+    a, b, c = math.max(a, p.m * p.k), math.max(b, p.k * p.n), math.max(c, p.m * p.n)
+  end
+  local held = { tensor.normal { a, std = 0.1 }, tensor.normal { b, std = 0.1 }, tensor.zeros { c } }
+  return { held = held, a = ffi.cast("float *", held[1]:pointer()), b = ffi.cast("float *", held[2]:pointer()),
+    c = ffi.cast("float *", held[3]:pointer()) }
+end
+
+local function step_once(self)
+  local o, m, opt = self.o, self.model, self.optimizer
+  opt:zero_grad()
+  self.attend:begin {}
+  local loss = memory.scope(function()
+    local run = { recompute = o.recompute }
+    function run.attend(layer, q, k, v) return self.attend:attend(layer, q, k, v) end
+    run.cos, run.sin = m:positions(self.positions, o.tokens)
+    local sum, count = m:loss(self.ids, self.labels, run)
+    sum:backward()
+    return sum:item() / count:item()
+  end)
+  opt:step { lr = 3e-4, scale = 1 / (o.batch * o.tokens), clip = 1 }
+  return loss
+end
+
+-- Rows of the table from the totals of the trace, per step.
+local function rows_of(totals, steps, step_seconds)
+  local rows, data, traced = {}, {}, 0
+  for _, r in ipairs(totals) do
+    local seconds = r.self_seconds / steps
+    traced = traced + seconds
+    if seconds / step_seconds >= 0.001 then
+      rows[#rows + 1] = { r.name, ("%d"):format(r.calls / steps), ("%.1f"):format(1e3 * seconds),
+        ("%.1f%%"):format(100 * seconds / step_seconds),
+        r.flops > 0 and ("%.1f"):format(1e-9 * r.flops / r.self_seconds) or "",
+        r.bytes > 0 and ("%.1f"):format(1e-9 * r.bytes / r.self_seconds) or "" }
+    end
+    data[#data + 1] = { name = r.name, calls = r.calls / steps, seconds = seconds, share = seconds / step_seconds,
+      flops = r.flops / steps, bytes = r.bytes / steps }
+  end
+  local rest = step_seconds - traced
+  rows[#rows + 1] = { "everything else", "", ("%.1f"):format(1e3 * rest),
+    ("%.1f%%"):format(100 * rest / step_seconds), "", "" }
+  data[#data + 1] = { name = "everything else", seconds = rest, share = rest / step_seconds }
+  return rows, data
+end
+
+function M.run(o)
+  local self = { o = o }
+  memory.reset_peak()
+  self.model = build(o)
+  self.optimizer = optim.adamw(self.model.parameters, { decay = 0.1 })
+  self.attend = attending.dense(self.model.config)
+  self.attend:set_context(o.tokens, o.batch)
+  self.ids, self.labels, self.positions = batch_of(o)
+  local c = self.model.config
+  local list = products(c, o)
+
+  step_once(self) -- memory, threads, code
+  local peak = { all = memory.peak() }
+  for _, tag in ipairs(memory.tags) do peak[tag] = memory.peak(tag) end
+  local buffers = yardstick_buffers(list)
+  time_products(list, buffers)
+  trace.reset()
+  local best, total, loss = math.huge, 0, nil
+  for _ = 1, o.steps do
+    local start = bench.clock()
+    loss = step_once(self)
+    local seconds = bench.clock() - start
+    best, total = math.min(best, seconds), total + seconds
+    time_products(list, buffers)
+  end
+  local rows, data = rows_of(trace.totals(), o.steps, total / o.steps)
+
+  -- Recomputing repeats each layer's forward products.
+  local bound, flops, rate = 0, 0, 0
+  for _, p in ipairs(list) do
+    local count = p.count * (o.recompute and p.forward and p.n ~= c.vocab and 2 or 1)
+    bound, flops = bound + count * p.seconds, flops + count * 2 * p.m * p.n * p.k
+    rate = math.max(rate, 2 * p.m * p.n * p.k / p.seconds)
+  end
+  -- Two products forward, five backward (one of them the scores again), half of the square.
+  local attention = (o.recompute and 9 or 7) * o.batch * o.tokens ^ 2 * c.heads * c.head_dim * o.layers
+  bound = bound + attention / rate
+  local tokens = o.batch * o.tokens
+  local result = { parameters = self.model:count(), tokens = tokens, best_seconds = best,
+    mean_seconds = total / o.steps, tokens_per_second = tokens / best, product_flops = flops,
+    attention_flops = attention, bound_seconds = bound, share = bound / best, peak_bytes = peak, loss = loss,
+    rows = data }
+  local by_tag = {}
+  for _, tag in ipairs(memory.tags) do
+    if peak[tag] > 2 ^ 20 then by_tag[#by_tag + 1] = tag .. " " .. term.bytes(peak[tag]) end
+  end
+  return bench.result(result, {
+    title = ("Training step: %s, T = %d, B = %d%s"):format(tostring(self.model), o.tokens, o.batch,
+      o.recompute and ", recompute" or ""),
+    columns = { "op", "calls", "ms", "share", "GFLOP/s", "GB/s" }, rows = rows,
+    notes = {
+      ("step: best %.2f s, mean %.2f s; %.0f tokens/s; loss %.4f"):format(best, total / o.steps, tokens / best, loss),
+      ("products of a step: %.2f TFLOP, %.2f s by OpenBLAS in this run; with attention (%.2f TFLOP) %.2f s")
+        :format(flops * 1e-12, bound - attention / rate, attention * 1e-12, bound),
+      ("the step runs at %.0f%% of that bound"):format(100 * bound / best),
+      ("peak memory %s (each tag's own peak: %s)"):format(term.bytes(peak.all), table.concat(by_tag, ", ")),
+    },
+  })
+end
+
+return M
