@@ -7,6 +7,8 @@
  *
  * shapes    y, dy [rows,cols], rows ld elements apart; b, db [cols]
  * dtypes    y is bf16, or the arithmetic type of x
+ * numbers   the sum over rows is fp64 for every dtype: it has as many terms as there are tokens, and
+ *           the gradient of a key bias nearly cancels
  * order     each column is summed down the rows in order by one thread: equal bits for any number
  *           of threads
  * twin      kernels/cuda/linear.cu
@@ -43,7 +45,7 @@ static halo_status REAL(sum_rows)(halo_dtype ty, void *y, const real *restrict x
 #pragma omp parallel for schedule(static) if (rows * cols > 1 << 15)
   for (int64_t c0 = 0; c0 < cols; c0 += COLUMNS) {
     const int64_t n = c0 + COLUMNS < cols ? COLUMNS : cols - c0;
-    acc sum[COLUMNS];
+    double sum[COLUMNS];
     for (int64_t c = 0; c < n; c++) sum[c] = 0;
     for (int64_t i = 0; i < rows; i++) {
       const real *restrict row = x + i * ld + c0;
@@ -56,7 +58,7 @@ static halo_status REAL(sum_rows)(halo_dtype ty, void *y, const real *restrict x
         *target = halo__bf16_store(old + (float)sum[c]);
       } else {
         acc *target = (acc *)y + c0 + c;
-        *target = (beta == 0 ? 0 : (acc)beta * *target) + sum[c];
+        *target = (beta == 0 ? 0 : (acc)beta * *target) + (acc)sum[c];
       }
     }
   }

@@ -221,11 +221,49 @@ static void check_dtype(const test_case *k, int32_t dtype, double bound) {
   free_case(&high);
 }
 
+/* Forward and backward with every allocation failing in turn: a status, no crash, and nothing left. */
+static void survives_failed_allocations(const test_case *k) {
+  for (int32_t i = 0; i < k->n_in; i++) {
+    if (k->in[i] == NULL || !k->wants[i]) continue;
+    CHECK_OK(halo_tensor_require_grad(k->in[i], 1));
+    CHECK_OK(halo_tensor_set_grad(k->in[i], NULL));
+  }
+  const int64_t before = halo_memory_live_bytes(HALO_CPU, -1);
+  for (int64_t n = 0;; n++) {
+    halo_tensor *out[HALO_MAX_OUTPUTS] = {0};
+    halo_backward *b = NULL;
+    int32_t event = -1;
+    int64_t token;
+    halo_memory_fail_after(n);
+    halo_status status = halo_op(out, op_id(k->op), k->in, k->n_in, k->param, k->n_param);
+    if (status == HALO_OK) status = halo_backward_begin(&b, out[0], NULL);
+    if (status == HALO_OK) status = halo_backward_next(b, &event, &token);
+    halo_memory_fail_after(-1);
+    halo_backward_free(b);
+    for (int32_t i = 0; i < HALO_MAX_OUTPUTS; i++) halo_tensor_free(out[i]);
+    for (int32_t i = 0; i < k->n_in; i++) {
+      if (k->in[i] != NULL && k->wants[i]) CHECK_OK(halo_tensor_set_grad(k->in[i], NULL));
+    }
+    CHECK(halo_memory_live_bytes(HALO_CPU, -1) == before);
+    CHECK(halo_tape_live_nodes() == 0);
+    if (status == HALO_OK) {
+      CHECK(n > 0); // something did fail before
+      break;
+    }
+    CHECK(status == HALO_ENOMEM);
+    if (n > 200) {
+      CHECK(!"the failures never end");
+      break;
+    }
+  }
+}
+
 /* Everything about one case: gradients, fp32, bf16 (one rounding of a result is 2^-9; a few). */
 static void check_case(test_case k) {
   check_dtype(&k, HALO_F32, 1e-5);
   check_dtype(&k, HALO_BF16, 1.2e-2);
   check_gradients(&k);
+  survives_failed_allocations(&k);
   free_case(&k);
 }
 
