@@ -119,6 +119,16 @@ function Job:stage_of(step)
   return self.stages[#self.stages]
 end
 
+--- Context lengths of the stages, each once, in order.
+function Job:contexts()
+  local list, seen = {}, {}
+  for _, s in ipairs(self.stages) do
+    if not seen[s.context] then list[#list + 1] = s.context end
+    seen[s.context] = true
+  end
+  return list
+end
+
 --- Take a stage's context, positions and attention into use. Done when its first step begins, and after
 -- a resume.
 function Job:enter(stage)

@@ -120,10 +120,20 @@ function Measure:starved(layer, head, over)
   return total > 0 and none / total or 0
 end
 
+-- An evaluation took the place of the last step's plans: choose anew, on held-out text.
+function Measure:look_again(word)
+  local job = self.job
+  job:enter(job:stage_of(math.max(job.step_index, 1)))
+  job.attending.measure = function(layer) return is_due(word, layer) and word.samples or 0 end
+  job:loss_on(job:validation_batch(job.attending.batch, job.attending.batch))
+end
+
 --- The full table of a `measure.sparsity` action: one row per layer and head, written as an event and
 -- shown as a short table.
 function Measure:report(word)
   local job = self.job
+  self.word = self.word or word
+  if not job.stage then self:look_again(word) end
   local attending, heads = job.attending, job.model.config.heads
   local rows, balances = {}, {}
   local over = math.min(word.over, job.step_index - (self.since or job.step_index) + 1)

@@ -508,6 +508,7 @@ describe("data", function()
       fails("usage", "answer_weight is 0", needles, { answer_weight = 0 })
       fails("usage", "text_weight is 256", needles, { text_weight = 256 })
       fails("usage", "inside is 2", needles, { inside = 2 })
+      fails("usage", "length from 140, but a needle of 7 digits", needles, { length = { 140, 300 } })
       fails("usage", "questions must be", needles, { questions = "some" })
       fails("usage", "questions must be", needles, { questions = { 0, 2 } })
       fails("usage", "cities", needles, { needles = 101 })
@@ -554,7 +555,7 @@ describe("data", function()
         return { type = "mix", holdout = 0.2, weights = weights, sources = {
           text = { type = "text", from = dir .. "/text", holdout = 0.2 }, hidden = hidden } }
       end
-      local short = { type = "needles", digits = 3, needles = 1, length = { 140, 150 } }
+      local short = { type = "needles", digits = 3, needles = 1, length = { 150, 160 } }
       local long = { type = "needles", digits = 3, needles = 1, answer_weight = 9 }
       local function run(stages)
         return data.open(mix(short), { tokenizer = tok, seed = 1, cache = dir .. "/cache", stages = stages })

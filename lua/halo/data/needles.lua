@@ -153,11 +153,31 @@ function M.new(o)
   -- What a document begins with: the first token takes the attention of whoever looks for nothing.
   local start = o.tokenizer.bos or o.tokenizer.document_end
   self.start = { ids = ffi.new("int32_t[1]", start or 0), n = start and 1 or 0, weight = o.text_weight }
+  if self.shortest then
+    local least = self:shortest_document()
+    if self.shortest < least then
+      errors.raise("usage", ("needles: length from %d, but a needle of %d digits and its question take up to %d tokens")
+        :format(self.shortest, self.digits, least), 2)
+    end
+  end
   return self
 end
 
 local function fill_in(text, city, number)
   return (text:gsub("{(%w+)}", { city = city, number = number }))
+end
+
+--- Tokens that any one needle with its question and answer fits into.
+function Needles:shortest_document()
+  local longest, number = 0, ("8"):rep(self.digits)
+  for _, city in ipairs(self.cities) do
+    local n = 0
+    for _, name in ipairs { "needle", "question", "answer" } do
+      n = n + self.tokenizer:count(fill_in(self.template[name], city, number))
+    end
+    longest = math.max(longest, n)
+  end
+  return self.start.n + longest
 end
 
 -- Parts to one piece: n ids of memory from `from` on (not a pointer into it: that would not keep it

@@ -258,19 +258,12 @@ end
 -- @tparam table a the action's fields
 function M.action(run, a)
   local job = run.job
-  local lengths = a.lengths
-  if not lengths then
-    lengths = {}
-    for _, s in ipairs(job.stages) do
-      if lengths[#lengths] ~= s.context then lengths[#lengths + 1] = s.context end
-    end
-  end
   local attend = job.attending
   local pattern = attend.pattern
   if a.dense then attend:set_pattern { type = "dense", ring = pattern.ring } end
   local o = { model = job.model, tokenizer = job.tokenizer, attending = attend,
-    needles = job.data:niah { digits = a.digits }, lengths = lengths, depths = a.depths, samples = a.samples,
-    seed = a.seed, hidden = a.needles }
+    needles = job.data:niah { digits = a.digits }, lengths = a.lengths or job:contexts(), depths = a.depths,
+    samples = a.samples, seed = a.seed, hidden = a.needles }
   local result
   if run.folder then
     o.model_name, o.is_first = job.recipe.name, job.comm:rank() == 0

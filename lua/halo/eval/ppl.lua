@@ -160,11 +160,7 @@ end
 --- The action `eval.ppl` of a recipe.
 function M.action(run, a)
   local job = run.job
-  local lengths = a.lengths
-  if not lengths then
-    lengths = {}
-    for _, s in ipairs(job.stages) do lengths[#lengths + 1] = s.context end
-  end
+  local lengths = a.lengths or job:contexts()
   local longest = math.max(unpack(lengths))
   return M.run { model = job.model, tokenizer = job.tokenizer, attending = job.attending, lengths = lengths,
     documents = job.data:validation_documents { tokens = longest, max = a.documents },
