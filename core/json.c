@@ -297,8 +297,10 @@ bool halo__json_int(const halo__json *j, int64_t *out) {
 }
 
 halo_status halo__json_error(const halo__json *j, const char *what) {
-  return halo__error(HALO_ECORRUPT, "%s: not valid JSON at byte %zu: %s", what, j->error_offset,
-                     j->error != NULL ? j->error : "an unexpected kind of value");
+  const bool is_json = j->error == NULL;
+  return halo__error(HALO_ECORRUPT, "%s: %s at byte %zu: %s", what, is_json ? "wrong" : "not valid JSON",
+                     is_json ? (size_t)(j->at - j->start) : j->error_offset,
+                     is_json ? "another kind of value was expected" : j->error);
 }
 
 /* ---- writing -------------------------------------------------------------------------------- */

@@ -227,7 +227,7 @@ static halo_status read_metadata(parser *p) {
   HALO_TRY(halo__scratch((void **)&t->metadata, 64, sizeof *t->metadata));
   int64_t capacity = 64;
   if (halo__json_next(j) != HALO__JSON_OBJECT) {
-    HALO_CHECK(j->error == NULL, HALO_ECORRUPT, "%s: __metadata__ is not an object", p->path);
+    HALO_CHECK(j->error != NULL, HALO_ECORRUPT, "%s: __metadata__ is not an object", p->path);
     return halo__json_error(j, p->path);
   }
   halo__json_kind kind;
@@ -285,6 +285,23 @@ static void sort_entries(halo__tensor_entry *e, int64_t n, int (*order)(const vo
   }
 }
 
+static halo_status check_names(const parser *p) {
+  halo__safetensors_table *t = p->table;
+  sort_entries(t->entries, t->n, by_name);
+  for (int64_t i = 1; i < t->n; i++) {
+    HALO_CHECK(by_name(&t->entries[i - 1], &t->entries[i]) != 0, HALO_ECORRUPT,
+               "%s: tensor \"%s\" comes twice", p->path,
+               halo__printable(t->entries[i].name, t->entries[i].name_length));
+  }
+  if (t->n_metadata > 1) qsort(t->metadata, (size_t)t->n_metadata, sizeof *t->metadata, by_key);
+  for (int64_t i = 1; i < t->n_metadata; i++) {
+    HALO_CHECK(by_key(&t->metadata[i - 1], &t->metadata[i]) != 0, HALO_ECORRUPT,
+               "%s: metadata \"%s\" comes twice", p->path,
+               halo__printable(t->metadata[i].key, t->metadata[i].key_length));
+  }
+  return HALO_OK;
+}
+
 /* Ranges in order must follow each other without a gap or an overlap from 0 to the end. */
 static halo_status check_tiling(const parser *p) {
   halo__safetensors_table *t = p->table;
@@ -300,23 +317,6 @@ static halo_status check_tiling(const parser *p) {
   HALO_CHECK(at == p->data_bytes, HALO_ECORRUPT,
              "%s: the tensors end at byte %lld of the data, the file at %lld", p->path, (long long)at,
              (long long)p->data_bytes);
-  return HALO_OK;
-}
-
-static halo_status check_names(const parser *p) {
-  halo__safetensors_table *t = p->table;
-  sort_entries(t->entries, t->n, by_name);
-  for (int64_t i = 1; i < t->n; i++) {
-    HALO_CHECK(by_name(&t->entries[i - 1], &t->entries[i]) != 0, HALO_ECORRUPT,
-               "%s: tensor \"%s\" comes twice", p->path,
-               halo__printable(t->entries[i].name, t->entries[i].name_length));
-  }
-  if (t->n_metadata > 1) qsort(t->metadata, (size_t)t->n_metadata, sizeof *t->metadata, by_key);
-  for (int64_t i = 1; i < t->n_metadata; i++) {
-    HALO_CHECK(by_key(&t->metadata[i - 1], &t->metadata[i]) != 0, HALO_ECORRUPT,
-               "%s: metadata \"%s\" comes twice", p->path,
-               halo__printable(t->metadata[i].key, t->metadata[i].key_length));
-  }
   return HALO_OK;
 }
 
@@ -360,8 +360,10 @@ halo_status halo__safetensors_parse(halo__safetensors_table *out, const char *pa
   HALO_TRY(halo__scratch((void **)&out->entries, p.capacity, sizeof *out->entries));
   halo__json_init(&p.json, header, (size_t)header_bytes, 4);
   HALO_TRY(read_tensors(&p));
+  HALO_TRY(check_names(&p));
   HALO_TRY(check_tiling(&p));
-  return check_names(&p);
+  sort_entries(out->entries, out->n, by_name);
+  return HALO_OK;
 }
 
 void halo__safetensors_table_free(halo__safetensors_table *t) {
