@@ -64,13 +64,14 @@ static int32_t merge_batch(int32_t ndim, int64_t *shape, matrices *c, matrices *
   matrices *all[3] = {c, a, b};
   int32_t m = 0;
   for (int32_t d = 0; d < ndim; d++) {
-    if (shape[d] == 1) continue;
+    const int64_t size = shape[d];
+    if (size == 1) continue;
     bool fits = m > 0;
     for (int32_t i = 0; i < 3; i++) {
-      fits = fits && all[i]->stride[m - 1] == all[i]->stride[d] * shape[d];
+      fits = fits && all[i]->stride[m - 1] == all[i]->stride[d] * size;
     }
     if (!fits) shape[m++] = 1;
-    shape[m - 1] *= shape[d];
+    shape[m - 1] *= size;
     for (int32_t i = 0; i < 3; i++) all[i]->stride[m - 1] = all[i]->stride[d];
   }
   return m;

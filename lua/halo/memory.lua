@@ -50,8 +50,8 @@ local function untag(ok, ...)
 end
 
 --- Run `fn(...)` with new allocations counted under a tag.
--- @usage memory.tagged("weights", function() model = build() end)
-function M.tagged(tag, fn, ...)
+-- @usage memory.with_tag("weights", function() model = build() end)
+function M.with_tag(tag, fn, ...)
   C.halo_memory_push_tag(M.tag_number(tag))
   return untag(pcall(fn, ...))
 end

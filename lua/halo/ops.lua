@@ -144,6 +144,10 @@ local function run(row, n_in, level)
   return unpack(list, 1, row.n_out)
 end
 
+-- `inputs` holds bare pointers: what they belong to must stay on Lua's stack while the engine runs, also
+-- when it runs out of memory and the collector is called for help. So `run` is never a tail call.
+local function pass(...) return ... end
+
 -- An op with named inputs: `op(inputs..., params)`.
 local function call(row, level, ...)
   local first, used, scalars = write_inputs(row, level + 1, ...)
@@ -152,21 +156,26 @@ local function call(row, level, ...)
   else
     write_params(row, first, level + 1)
   end
-  if not scalars then return run(row, #row.inputs, level) end -- a tail call: run takes our frame
+  if not scalars then return pass(run(row, #row.inputs, level + 1)) end
   return (function(...)
     for _, t in pairs(scalars) do tensor.free(t) end
     return ...
   end)(run(row, #row.inputs, level + 1))
 end
 
--- An op over a list: `op { a, b, c, param = ... }`, or `op({ a, b, c }, params)`.
+-- An op over a list: `op { a, b, c, param = ... }`, or `op({ a, b, c }, params)`; a number is the first
+-- parameter.
 local function call_list(row, level, list, params)
   local what = row.name
   if type(list) ~= "table" then
     errors.raise("usage", ("%s wants a list of tensors, got %s"):format(what, args.describe(list)), level + 1)
   end
   local given = {}
-  for k, v in pairs(params or {}) do given[k] = v end
+  if type(params) == "number" then
+    given[row.names[1]] = params
+  else
+    for k, v in pairs(params or {}) do given[k] = v end
+  end
   for k, v in pairs(list) do
     if type(k) ~= "number" then given[k] = v end
   end
@@ -175,14 +184,14 @@ local function call_list(row, level, list, params)
   end
   for i, t in ipairs(list) do inputs[i - 1] = check(t, ("%s: input %d"):format(what, i), level + 1) end
   write_params(row, list[1], level + 1, given)
-  return run(row, #list, level)
+  return pass(run(row, #list, level + 1))
 end
 
 for name, row in pairs(rows) do
   if row.takes_list then
     M[name] = function(list, params) return (call_list(row, 2, list, params)) end
   else
-    M[name] = function(...) return call(row, 1, ...) end -- a tail call, as above
+    M[name] = function(...) return call(row, 1, ...) end -- a tail call: `call` takes our frame
   end
 end
 
@@ -224,12 +233,12 @@ end
 function M.t(x) return (call(rows.transpose, 2, x)) end
 
 -- A 1-based position as C counts it; negative ones count from the end.
-local function position(what, name, value, size, least)
+local function position(what, name, value, size, least, most)
   if type(value) ~= "number" or value ~= math.floor(value) then
     errors.raise("usage", ("%s: %s is %s, a whole number is wanted"):format(what, name, args.describe(value)), 3)
   end
   local i = value < 0 and value + size + 1 or value
-  if i < least or i > size then
+  if i < least or i > (most or size) then
     errors.raise("usage", ("%s: %s is %d, the dim has 1..%d"):format(what, name, value, size), 3)
   end
   return i
@@ -243,7 +252,7 @@ function M.slice(x, o)
   check(x, "slice: x", 2)
   o = args.named("slice", o, { dim = { "int", -1 }, from = { "int", 1 }, to = { "int", -1 }, step = { "int", 1 } })
   local size = tonumber(C.halo_tensor_size(x, tensor.dim_number(x, o.dim, "slice", 2)))
-  local from = size == 0 and 1 or position("slice", "from", o.from, size + 1, 1)
+  local from = size == 0 and 1 or position("slice", "from", o.from, size, 1, size + 1)
   local to = size == 0 and 0 or position("slice", "to", o.to, size, 0)
   return (call(rows.slice, 2, x, { dim = o.dim, from = from - 1, to = to, step = o.step }))
 end
@@ -264,7 +273,7 @@ end
 function M.cat(list, params)
   local most = tonumber(C.HALO_MAX_INPUTS)
   if type(list) ~= "table" or #list <= most then return (call_list(rows.cat, 2, list, params)) end
-  local dim = list.dim or params and params.dim
+  local dim = list.dim or type(params) == "table" and params.dim or params
   local parts = {}
   for first = 1, #list, most do
     local group = { dim = dim }
@@ -278,10 +287,10 @@ end
 --- Tensors of one shape side by side along a new dim.
 -- @tparam table list tensors, and `dim` (1)
 function M.stack(list, params)
-  local rows_of, dim = {}, type(list) == "table" and list.dim or params and params.dim or 1
   if type(list) ~= "table" then
     errors.raise("usage", ("stack wants a list of tensors, got %s"):format(args.describe(list)), 2)
   end
+  local rows_of, dim = {}, list.dim or type(params) == "table" and params.dim or params or 1
   for i, t in ipairs(list) do
     rows_of[i] = call(rows.unsqueeze, 2, check(t, ("stack: input %d"):format(i), 2), dim)
   end
@@ -433,7 +442,7 @@ function M.raw(name, list, params)
     local value = params and params[param.name]
     numbers[i - 1] = value == nil and param.default or value
   end
-  return run(row, row.takes_list and #list or #row.inputs, 1)
+  return pass(run(row, row.takes_list and #list or #row.inputs, 2))
 end
 
 --- What an op does, as text.
@@ -451,4 +460,9 @@ function M.help(name)
     row.has_gradient and "" or " No gradient.")
 end
 
-return M
+return setmetatable(M, {
+  __index = function(_, name)
+    errors.raise("usage", ("there is no op %s%s"):format(args.describe(name), args.did_you_mean(tostring(name),
+      args.keys(M))), 2)
+  end,
+})

@@ -218,10 +218,12 @@ local function finished(t, o)
   return t
 end
 
---- A tensor whose contents are undefined.
+--- A tensor whose contents are undefined. With two arguments: `tensor.from_table`.
 -- @tparam table o sizes, or `shape`; `dtype` ("f32"), `device` ("cpu"), `requires_grad`
 -- @usage local t = tensor.new { 2, 3, dtype = "bf16" }
-function M.new(o)
+-- @usage local ids = tensor.new({ { 5, 7 } }, { dtype = "i32" })
+function M.new(o, more)
+  if more ~= nil then return M.from_table(o, more) end
   o = options("tensor.new", o)
   return finished(allocate("tensor.new", o, false, 2), o)
 end
@@ -303,7 +305,7 @@ function M.arange(o)
   end, 2)
 end
 
--- Shape of nested tables, checked to be a full box.
+-- Shape of nested tables, as the first row of each depth has it.
 local function nested_shape(value)
   local shape, v = {}, value
   while type(v) == "table" do
@@ -337,30 +339,32 @@ local function write_nested(host, value, shape, depth, at)
   return at
 end
 
---- A tensor from numbers: a number (a scalar), or tables nested as deep as there are dims.
--- @param value a number or a table
--- @tparam[opt] table o `dtype` ("f32"), `device`, `requires_grad`; `shape` for a flat table
--- @usage local t = tensor({ 1, 2, 3, 4 }, { shape = { 2, 2 }, dtype = "f64" })
-function M.from_table(value, o)
-  o = args.named("tensor", o or {}, common, 1)
+local function from_values(value, o)
+  o = args.named("tensor", o or {}, common, 2)
   if type(value) ~= "number" and type(value) ~= "table" then
-    errors.raise("usage", ("tensor wants a number or a table, got %s"):format(args.describe(value)), 2)
+    errors.raise("usage", ("tensor wants a number or a table, got %s"):format(args.describe(value)), 3)
   end
   local nested = nested_shape(value)
   local problem = nested_problem(value, nested, 1)
-  if problem then errors.raise("usage", "tensor: " .. problem, 2) end
+  if problem then errors.raise("usage", "tensor: " .. problem, 3) end
   local n = 1
   for _, size in ipairs(nested) do n = n * size end
   if o.shape then
     local wanted = 1
     for _, size in ipairs(o.shape) do wanted = wanted * size end
     if wanted ~= n then
-      errors.raise("usage", ("tensor: %d numbers for a shape of %d elements"):format(n, wanted), 2)
+      errors.raise("usage", ("tensor: %d numbers for a shape of %d elements"):format(n, wanted), 3)
     end
   end
   o.shape = o.shape or nested
-  return from_numbers("tensor", o, n, function(host) write_nested(host, value, nested, 1, 0) end, 2)
+  return from_numbers("tensor", o, n, function(host) write_nested(host, value, nested, 1, 0) end, 3)
 end
+
+--- A tensor from numbers: a number (a scalar), or tables nested as deep as there are dims.
+-- @param value a number or a table
+-- @tparam[opt] table o `dtype` ("f32"), `device`, `requires_grad`; `shape` for a flat table
+-- @usage local t = tensor({ 1, 2, 3, 4 }, { shape = { 2, 2 }, dtype = "f64" })
+function M.from_table(value, o) return (from_values(value, o)) end
 
 --- A copy of contiguous host memory of the dtype.
 -- @param pointer cdata pointer or array
@@ -527,11 +531,11 @@ function methods.backward(t, seed) return require("halo.autograd").backward(t, s
 
 local hash = ffi.new "uint64_t[1]"
 
---- 64-bit hash of dtype, shape and contents as 16 hexadecimal digits; equal on every rank for equal
--- tensors.
+--- 64-bit hash of dtype, shape and contents, a `uint64_t`; equal on every rank for equal tensors.
+-- `bit.tohex` prints it.
 function methods.hash(t)
   call_at(2, C.halo_tensor_hash, t, hash)
-  return ("%08x%08x"):format(tonumber(hash[0] / 2 ^ 32), tonumber(hash[0] % 2 ^ 32))
+  return hash[0]
 end
 
 -- ---- printing -----------------------------------------------------------------------------------
@@ -606,6 +610,10 @@ ffi.metatype("halo_tensor", {
   end,
 })
 
+M.scope, M.keep, M.with_tag = memory.scope, memory.keep, memory.with_tag
+
 return setmetatable(M, {
-  __call = function(_, value, o) return M.from_table(value, o) end,
+  __call = function(_, value, o) return (from_values(value, o)) end,
+  -- tensor.cat is ops.cat, and so on.
+  __index = function(_, name) return require("halo.ops")[name] end,
 })
