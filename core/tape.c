@@ -473,8 +473,9 @@ halo_status halo_backward_begin(halo_backward **out, halo_tensor *root, halo_ten
   } else {
     e.leaf = root;
   }
-  HALO_TRY_GOTO(deliver(b->top, &e, grad));
-  grad = NULL;
+  halo_tensor *given = grad;
+  grad = NULL; // deliver takes it over, also when it fails
+  HALO_TRY_GOTO(deliver(b->top, &e, given));
   *out = b;
   return HALO_OK;
 done:

@@ -120,7 +120,7 @@ local function recompute(backward, token)
   local given = {}
   for i = 1, entry.n_given do given[i] = entry.given[i] end
   for i, place in ipairs(entry.places) do given[place] = tensor.borrow(leaves[i - 1]) end
-  local results = M.enable_grad(fresh_results, entry.fn, unpack(given, 1, entry.n_given))
+  local results = counted(M.enable_grad(entry.fn, unpack(given, 1, entry.n_given)))
   local outputs = ffi.new("halo_tensor *[?]", C.HALO_MAX_OUTPUTS)
   for i = 1, results.n do
     if is_tensor(results[i]) then outputs[i - 1] = results[i] end

@@ -10,8 +10,8 @@
 -- epsilon, where the truncation error h^2 and the rounding error eps/h are of one size (about 4e-11).
 --
 -- The error of an element is |analytic - numeric| over the larger of both, where "larger" is not less
--- than a hundredth of the greatest gradient of that input, nor than 1e-4: below that, rounding of the
--- results decides. A gradient that is wrong by 1 % has an error of 1e-2; the bound is 1e-6.
+-- than a share `floor` (a hundredth) of the greatest gradient of that input, nor than 1e-4: below that,
+-- rounding of the results decides. A gradient that is wrong by 1 % has an error of 1e-2; the bound is 1e-6.
 local args = require "halo.args"
 local errors = require "halo.errors"
 local tensor = require "halo.tensor"
@@ -21,16 +21,19 @@ local M = {}
 --- The bound on the error of an element.
 M.tolerance = 1e-6
 
-local relative_floor, absolute_floor = 1e-2, 1e-4
+local relative_floor, absolute_floor = 1e-2, 1e-4 -- defaults
 
 --- Largest error between two gradients given as flat tables. Elements without a number in `numeric`
 -- (not sampled) are skipped. NaN counts as infinitely wrong.
+-- @tparam table analytic
+-- @tparam table numeric
+-- @tparam[opt=0.01] number share the floor
 -- @treturn number the largest error
 -- @treturn int its place, or nil
-function M.compare(analytic, numeric)
+function M.compare(analytic, numeric, share)
   local greatest = 0
   for _, n in pairs(numeric) do greatest = math.max(greatest, math.abs(n)) end
-  local floor = math.max(relative_floor * greatest, absolute_floor)
+  local floor = math.max((share or relative_floor) * greatest, absolute_floor)
   local worst, at = 0, nil
   for i, n in pairs(numeric) do
     local a = analytic[i]
@@ -138,13 +141,14 @@ end
 -- @tparam table o.inputs contiguous f64 leaves with `requires_grad`
 -- @tparam[opt=1e-6] number o.tolerance
 -- @tparam[opt=64] int o.samples elements checked per input
+-- @tparam[opt=0.01] number o.floor share of the greatest gradient below which errors are absolute
 -- @tparam[opt=0] int o.seed of the weights and the choice of elements
 -- @treturn table `ok`, `error` (largest), `checked` (elements), `analytic` and `numeric` (one table per
 -- input), and for the worst element `input`, `index`
 -- @usage assert(halo.checkgrad { fn = f, inputs = { x } }.ok)
 function M.run(o)
   o = args.named("checkgrad", o, { fn = "callable", inputs = "table", tolerance = { "number", M.tolerance },
-    samples = { "int", 64 }, seed = { "int", 0 } })
+    samples = { "int", 64 }, floor = { "number", relative_floor }, seed = { "int", 0 } })
   for i, x in ipairs(o.inputs) do
     tensor.check(x, ("checkgrad: input %d"):format(i), 3)
     if x.dtype ~= "f64" or not x.requires_grad or not x.is_contiguous then
@@ -166,7 +170,7 @@ function M.run(o)
       report.checked = report.checked + 1
     end
     report.numeric[i] = numeric
-    local e, at = M.compare(report.analytic[i], numeric)
+    local e, at = M.compare(report.analytic[i], numeric, o.floor)
     if e > report.error then report.error, report.input, report.index = e, i, at end
   end
   report.ok = report.error <= o.tolerance

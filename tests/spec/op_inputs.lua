@@ -164,7 +164,8 @@ function M.describe(name, case, layout)
     params[#params + 1] = k .. "=" .. (type(v) == "table" and "{" .. table.concat(v, ",") .. "}" or tostring(v))
   end
   table.sort(params)
-  return ("%s(%s %s) %s"):format(name, table.concat(parts, " "), table.concat(params, " "), layout and layout.name or "")
+  return ("%s(%s %s) %s"):format(name, table.concat(parts, " "), table.concat(params, " "),
+    layout and layout.name or "")
 end
 
 --- Number of elements of the largest input.
