@@ -58,6 +58,7 @@ typedef struct pass {
   halo_tensor *dk, *dv;            /* backward */
   const halo__gather *gather;      /* NULL when the plan has no columns */
   halo__transfer *transfers;
+  double met; /* (query, key, head) triples computed so far, masked ones of partial tiles included */
 } pass;
 
 /* ---- shapes ----------------------------------------------------------------------------------- */
@@ -154,6 +155,19 @@ static void pass_close(pass *x) {
   halo__free(x->transfers);
 }
 
+/* Items in rows by pattern, each times the (batch, head) pairs that share the pattern. */
+static double items_of_heads(const halo_plan *p, const halo__rows *rows) {
+  const int64_t per_pattern = rows->n_rows / p->n_patterns;
+  double sum = 0;
+  for (int64_t i = 0; i < p->n_patterns; i++) {
+    const int64_t first = rows->offset[i * per_pattern], end = rows->offset[(i + 1) * per_pattern];
+    int64_t items = 0;
+    for (int64_t j = first; j < end; j++) items += rows->run[j].count;
+    sum += (double)p->patterns[i].heads * (double)items;
+  }
+  return sum;
+}
+
 /* ---- hooks of the ring ------------------------------------------------------------------------ */
 
 /* Own keys: K then V, each [B,Hk,T,D]. */
@@ -178,7 +192,8 @@ static halo_status meet_tiles(void *context, int32_t here, int32_t source, const
   const halo__tokens *tokens;
   HALO_TRY(halo__plan_slice(&slice, x->plan, x->rank + here, source));
   HALO_TRY(halo__plan_tokens(&tokens, x->plan, source));
-  const int64_t count = x->B * x->Hk * x->T * x->D;
+  const int64_t count = x->B * x->Hk * x->T * x->D, G = x->plan->layout.block;
+  x->met += (double)(G * G) * items_of_heads(x->plan, &slice->by_query);
   halo_attention_tiles tiles = {.k = kv, .v = (const char *)kv + count * x->element,
                                 .position = tokens->position, .by_query = &slice->by_query};
   if (dkv == NULL) {
@@ -246,7 +261,7 @@ static halo_status fetch_columns(void *context) {
 }
 
 /* The columns of rank `here`: what was received, put in the order of entries. */
-static halo_status open_columns(const pass *x, int32_t here, halo_attention_columns *out) {
+static halo_status open_columns(pass *x, int32_t here, halo_attention_columns *out) {
   const halo__gather *g = x->gather;
   const int64_t row = x->D * x->element;
   char *k = halo__ring_buffer(x->ring, HALO__RING_COLUMNS, here), *v = k + g->n_entries * row;
@@ -259,6 +274,7 @@ static halo_status open_columns(const pass *x, int32_t here, halo_attention_colu
   const halo__column_slice *slice;
   HALO_TRY(halo__plan_columns(&columns, x->plan));
   HALO_TRY(halo__plan_column_slice(&slice, x->plan, x->rank + here));
+  x->met += (double)x->plan->layout.block * items_of_heads(x->plan, &slice->by_query);
   *out = (halo_attention_columns){
       .k = k, .v = v, .n_entries = g->n_entries, .token_offset = columns->offset,
       .token = columns->token, .slot_offset = g->slot_offset, .slot = g->slot,
@@ -412,6 +428,7 @@ static halo_status attention_forward(halo__call *c) {
   HALO_TRY_GOTO(halo_tensor_new(&lse, halo__acc_dtype(in[IN_Q]->dtype), HALO_CPU, 3, lse_shape));
   HALO_TRY_GOTO(pass_open(&p, x, in[IN_Q], in[IN_K], in[IN_V]));
   HALO_TRY_GOTO(run_forward(&p, c->out[0], lse));
+  halo_trace_work(0, 4 * p.met * (double)p.D);
   if (c->wants_grad) {
     HALO_TRY_GOTO(halo_tensor_retain(&c->saved[SAVED_OUT], c->out[0]));
     HALO_TRY_GOTO(halo_tensor_retain(&c->saved[SAVED_LSE], lse));
@@ -479,6 +496,7 @@ static halo_status attention_backward(halo__call *c) {
   p.dk = made[IN_K];
   p.dv = made[IN_V];
   HALO_TRY_GOTO(run_backward(&p, made[IN_Q], grad, c->saved[SAVED_OUT], c->saved[SAVED_LSE]));
+  halo_trace_work(0, 10 * p.met * (double)p.D);
   for (int32_t i = 0; i < 3; i++) {
     if (!c->need_grad[i]) continue;
     c->grad_in[i] = made[i];

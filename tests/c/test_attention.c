@@ -592,6 +592,36 @@ static void strided_inputs(void) {
   halo_comm_free(comm);
 }
 
+/* The trace counts 4 D flops a computed pair forward and 10 D backward, as halo_plan_work does. */
+static void work_is_traced(void) {
+  test_case c = {SPARSE, 2, 61, 4, 2, 8, 4, HALO_F32, 1};
+  halo_comm *comm;
+  halo_layout *l;
+  halo_ring *ring;
+  CHECK_OK(halo_comm_local(&comm, 3));
+  CHECK_OK(halo_layout_new(&l, HALO_LAYOUT_STRIPED, c.N, 3, c.G));
+  CHECK_OK(halo_ring_new(&ring, comm, HALO_SCHEDULE_FLAT, 0));
+  halo_plan *plan = make_plan(&c, l);
+  double work[64], total = 0, traced = 0;
+  int32_t steps;
+  CHECK_OK(halo_plan_work(plan, c.D, work, 64, &steps));
+  for (int i = 0; i < 3 * steps; i++) total += work[i];
+  halo_trace_reset();
+  tensors t = run(&c, l, ring, plan);
+  for (int32_t id = 0; id < halo_trace_names(); id++) {
+    halo_trace_row row;
+    CHECK_OK(halo_trace_read(&row, id));
+    if (strstr(row.name, "attention") != NULL) traced += row.flops;
+  }
+  CHECK(total > 0 && fabs(traced - 3.5 * total) <= 1e-9 * total);
+  if (fabs(traced - 3.5 * total) > 1e-9 * total) fprintf(stderr, "  %g traced, %g planned\n", traced, total);
+  tensors_free(&t);
+  halo_plan_free(plan);
+  halo_ring_free(ring);
+  halo_layout_free(l);
+  halo_comm_free(comm);
+}
+
 static void merges(void) {
   const int64_t shape[4] = {1, 2, 1, 1}, lse_shape[3] = {1, 1, 2};
   const double inf = INFINITY;
@@ -846,6 +876,7 @@ int main(void) {
   RUN(repeats_bitwise);
   RUN(gradients_match_differences);
   RUN(strided_inputs);
+  RUN(work_is_traced);
   RUN(merges);
   RUN(cached_equals_dense);
   RUN(nan_is_not_swallowed);
