@@ -17,8 +17,6 @@
  *   catch_interrupts(on) install the handler, or put the old one back
  *   supervise(argv)      run a program and give its exit code (128 + signal when one ended it); SIGTERM
  *                        and SIGINT that reach us reach it as SIGUSR1, "save and stop", the first time
- *   supervise(argv)      run a program beside us and give its exit code; requests to stop reach it as
- *                        SIGUSR1 the first time
  *   running(mode)        what Ctrl-C does: "no": drop the line; "stoppable": stop Lua; "together":
  *                        several ranks run the same line: ask again, then end
  */
