@@ -47,7 +47,8 @@ function Actions:perform(a, moment)
   end
   local result = suite.action(self.run, a, moment)
   self.job.stage = nil
-  self.run.results[#self.run.results + 1] = { step = self.job.step_index, moment = moment, name = a.type, result = result }
+  self.run.results[#self.run.results + 1] = { step = self.job.step_index, moment = moment, name = a.type,
+    result = result }
   self.run.log:result(a.type, self.job.step_index, moment, result)
   return result
 end
@@ -71,8 +72,6 @@ function Actions:after_step(step)
   end
 end
 
-function Actions:state() return { measure = self.measure:state() } end
-function Actions:restore(state) if state then self.measure:restore(state.measure) end end
 
 --- The closing page: maps before and after, curves, the HTML report, what to try next.
 function Actions:report() require("halo.report").finish(self.run) end

@@ -142,9 +142,11 @@ end
 function checks.blas()
   local b = blas()
   if not b then return fail("blas", "OpenBLAS does not answer", "tools/install-deps && tools/build") end
-  local text = ("%s for %s, %s threads, %.0f GFLOP/s (fp32, 1024)"):format(b.config, b.core, b.threading, product_rate())
+  local text = ("%s for %s, %s threads, %.0f GFLOP/s (fp32, 1024)"):format(b.config, b.core, b.threading,
+    product_rate())
   if b.threading ~= "OpenMP" then
-    return warn("blas", text .. ": two thread pools will fight over the cores", "apt-get install libopenblas-openmp-dev")
+    return warn("blas", text .. ": two thread pools will fight over the cores",
+      "apt-get install libopenblas-openmp-dev")
   end
   return ok("blas", text)
 end
@@ -171,7 +173,8 @@ function checks.packages()
   for _, name in ipairs { "cjson", "argparse", "string.buffer" } do
     if not pcall(require, name) then missing[#missing + 1] = name end
   end
-  if #missing > 0 then return fail("packages", "Lua cannot load " .. table.concat(missing, ", "), "tools/install-deps") end
+  if #missing > 0 then return fail("packages", "Lua cannot load " .. table.concat(missing, ", "),
+    "tools/install-deps") end
   return ok("packages", "lua-cjson, lua-argparse")
 end
 
@@ -209,7 +212,8 @@ function M.parity(o)
     local text = ("%d ranks = 1 rank, %d cases, limit %.0e: %s"):format(row.ranks, row.cases, row.limit,
       table.concat(parts, "  "))
     out[#out + 1] = row.ok and ok("ring " .. row.dtype, text)
-      or fail("ring " .. row.dtype, text .. "; worst: " .. row.worst, "this build computes wrong results: do not train with it")
+      or fail("ring " .. row.dtype, text .. "; worst: " .. row.worst,
+        "this build computes wrong results: do not train with it")
   end
   return out
 end

@@ -57,7 +57,8 @@ function checks.loss_spike(self, g, record)
   for _, name in ipairs { "loss", "gnorm" } do
     local z = self:z(name, record[name])
     if z and z > g.z then
-      local what = act(self, g, record, ("%s %.4g is %.1f standard deviations above its mean"):format(name, record[name], z))
+      local what = act(self, g, record, ("%s %.4g is %.1f standard deviations above its mean"):format(name,
+        record[name], z))
       if what == "skip" then return "skip" end
     end
   end
@@ -65,7 +66,8 @@ end
 
 function checks.recall(self, g, record)
   if not record.recall or record.recall >= g.below then return end
-  if act(self, g, record, ("recall %.1f %% is below %.1f %%"):format(100 * record.recall, 100 * g.below)) == "widen" then
+  if act(self, g, record, ("recall %.1f %% is below %.1f %%"):format(100 * record.recall,
+    100 * g.below)) == "widen" then
     self.run.job.attending:widen()
   end
 end
@@ -83,7 +85,8 @@ function Guards:judge(record)
     if v ~= v or math.abs(v) == math.huge then
       errors.raise("numerics", ("step %d: the %s is %s on at least one rank; weights were not changed. Resume from "
         .. "the last checkpoint with a lower rate, or look at the batch (stage %d, context %d)")
-        :format(record.step, name == "loss" and "loss" or "gradient norm", tostring(v), record.stage, record.context), 0)
+        :format(record.step, name == "loss" and "loss" or "gradient norm", tostring(v), record.stage,
+          record.context), 0)
     end
   end
   record.z = self:z("loss", record.loss)

@@ -21,7 +21,6 @@ local optim = require "halo.optim"
 local progress = require "halo.progress"
 local rate = require "halo.schedule"
 local memory = require "halo.memory"
-local tensor = require "halo.tensor"
 local tokenizer = require "halo.tokenizer"
 
 local C = halo_ffi.C
@@ -42,7 +41,8 @@ local function open_world(recipe, o)
   local world = comm.world()
   if world:size() == wanted then return world end
   if world:size() == 1 and o.virtual_ranks then
-    if recipe.mesh.dp ~= 1 then fail("usage", "virtual ranks form one ring; mesh.dp must be 1, is %d", recipe.mesh.dp) end
+    if recipe.mesh.dp ~= 1 then fail("usage", "virtual ranks form one ring; mesh.dp must be 1, is %d",
+      recipe.mesh.dp) end
     return comm.virtual(wanted)
   end
   fail("usage", "the recipe's mesh needs %d ranks (dp = %d, cp = %d), this job has %d; start it with "

@@ -121,10 +121,12 @@ function Log:step(r)
   r.kind = "step"
   if self.peak_flops then r.mfu = r.flops / r.dt / self.peak_flops end
   append(self, r)
-  self.rank_file:write(json.encode { step = r.step, dt = r.dt, comm_s = r.comm_s, data_s = r.data_s, mem = r.mem }, "\n")
+  self.rank_file:write(json.encode { step = r.step, dt = r.dt, comm_s = r.comm_s, data_s = r.data_s, mem = r.mem },
+    "\n")
   if self.board then
     local scalars = {}
-    for _, name in ipairs { "loss", "gnorm", "lr", "tok_s", "density", "recall", "balance", "dt", "mem", "missed", "mfu", "context" } do
+    for _, name in ipairs { "loss", "gnorm", "lr", "tok_s", "density", "recall", "balance", "dt", "mem", "missed",
+      "mfu", "context" } do
       local v = r[name]
       if type(v) == "number" and v == v then scalars["train/" .. name] = v end
     end
@@ -167,7 +169,8 @@ function Log:sparsity(e)
     end
     table.insert(by_layer[h.layer], h)
   end
-  local rows = { { "layer", "density", "recall min", "recall mean", "no far gradient", ("in %d steps"):format(e.over), "worker", "critical" } }
+  local rows = { { "layer", "density", "recall min", "recall mean", "no far gradient", ("in %d steps"):format(e.over),
+    "worker", "critical" } }
   for i, layer in ipairs(order) do
     local list, b = by_layer[layer], e.balance[i] or {}
     local function mean(name)
@@ -182,9 +185,11 @@ function Log:sparsity(e)
       if h.recall and (not worst or h.recall < worst) then worst = h.recall end
     end
     rows[#rows + 1] = { layer, percent(mean "density"), percent(worst), percent(mean "recall"), percent(mean "missed"),
-      percent(mean "starved"), b.worker and ("%.2f"):format(b.worker) or "-", b.critical and ("%.2f"):format(b.critical) or "-" }
+      percent(mean "starved"), b.worker and ("%.2f"):format(b.worker) or "-", b.critical
+        and ("%.2f"):format(b.critical) or "-" }
   end
-  say(self, ("sparsity at step %d, context %s, far = %s tokens"):format(e.step, term.context(e.context), term.count(e.far)))
+  say(self, ("sparsity at step %d, context %s, far = %s tokens"):format(e.step, term.context(e.context),
+    term.count(e.far)))
   say(self, term.table(rows))
   if e.compare then
     local text = { ("sparse %.4f"):format(e.compare.sparse) }

@@ -141,7 +141,8 @@ function Measure:report(word)
     local plan = attending.plans[layer]
     if plan and is_due(word, layer) then
       local balance = plan:balance()
-      balances[#balances + 1] = { layer = layer, worker = balance.worker, step = balance.step, critical = balance.critical }
+      balances[#balances + 1] = { layer = layer, worker = balance.worker, step = balance.step,
+        critical = balance.critical }
       for h = 1, heads do
         local density = 0
         for b = 1, attending.batch do density = density + plan:density(b, h) / attending.batch end
@@ -184,9 +185,5 @@ function Measure:compare(kinds)
   attending.plans = kept
   return out
 end
-
---- State for checkpoints: coverage starts again after a resume, nothing else is remembered.
-function Measure:state() return {} end
-function Measure:restore() end
 
 return M

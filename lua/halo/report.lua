@@ -120,9 +120,11 @@ function M.charts(run, what)
   if wanted "loss" and #run.steps > 0 then
     local points = series(run, "loss")
     add("loss", svg.lines { title = "Loss", x_label = "step", y_label = "nats per token", marks = marks,
-      series = { { name = "per step", points = points, faint = true }, { name = "moving mean", points = smooth(points) } } },
+      series = { { name = "per step", points = points, faint = true },
+        { name = "moving mean", points = smooth(points) } } },
       "mean over labelled tokens of the step; dashed lines mark a change of context")
-    add("gnorm", svg.lines { title = "Gradient norm", x_label = "step", y_label = "before clipping", marks = marks, log_y = true,
+    add("gnorm", svg.lines { title = "Gradient norm", x_label = "step", y_label = "before clipping", marks = marks,
+      log_y = true,
       series = { { points = series(run, "gnorm") } } }, "")
   end
   if wanted "ppl" then
@@ -145,16 +147,22 @@ function M.charts(run, what)
   end
   if wanted "sparsity" then
     local shown = { { name = "density", points = series(run, "density", 100) } }
-    if #series(run, "recall") > 0 then shown[2] = { name = "recall (sampled)", points = smooth(series(run, "recall", 100)) } end
-    if #series(run, "missed") > 0 then shown[#shown + 1] = { name = "far tokens without gradient", points = series(run, "missed", 100) } end
+    if #series(run, "recall") > 0 then shown[2] = { name = "recall (sampled)",
+      points = smooth(series(run, "recall", 100)) } end
+    if #series(run, "missed") > 0 then shown[#shown + 1] = { name = "far tokens without gradient",
+      points = series(run, "missed", 100) } end
     if #run.steps > 0 then
-      add("sparsity", svg.lines { title = "Density and recall of attention", x_label = "step", y_label = "%", marks = marks,
-        y_min = 0, y_max = 100, series = shown }, "density: computed pairs / causal pairs; recall: sampled share of dense attention mass kept")
+      add("sparsity", svg.lines { title = "Density and recall of attention", x_label = "step", y_label = "%",
+        marks = marks,
+        y_min = 0, y_max = 100, series = shown },
+        "density: computed pairs / causal pairs; recall: sampled share of dense attention mass kept")
     end
     local last = run.sparsity[#run.sparsity]
     if last then
-      add("density-heads", head_map(last, "density", ("Density per head, step %d (%%)"):format(last.step), svg.blue_stops), "")
-      add("recall-heads", head_map(last, "recall", ("Recall per head, step %d (%%)"):format(last.step), svg.needle_stops), "")
+      add("density-heads", head_map(last, "density", ("Density per head, step %d (%%)"):format(last.step),
+        svg.blue_stops), "")
+      add("recall-heads", head_map(last, "recall", ("Recall per head, step %d (%%)"):format(last.step),
+        svg.needle_stops), "")
       add("starved-heads", head_map(last, "starved",
         ("Far tokens without gradient in %d steps (%%)"):format(last.over), svg.blue_stops),
         ("far: %d tokens or more from the query"):format(last.far))
@@ -200,7 +208,8 @@ end
 
 -- Rows of figures at the end of each stage.
 local function stage_rows(run)
-  local rows = { { "stage", "context", "steps", "last loss", "tokens/s", "density", "recall", "balance", "exposed comm" } }
+  local rows = { { "stage", "context", "steps", "last loss", "tokens/s", "density", "recall", "balance",
+    "exposed comm" } }
   local i = 1
   while i <= #run.steps do
     local j = i
@@ -228,7 +237,8 @@ function M.write(folder)
   local run = M.read(folder)
   local charts = M.charts(run)
   fs.mkdir(folder .. "/plots")
-  local parts = { "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>", svg.escape(run.recipe.name or folder),
+  local parts = { "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>",
+    svg.escape(run.recipe.name or folder),
     "</title><style>", style, "</style></head><body><h1>", svg.escape(run.recipe.name or folder), "</h1>" }
   if run.recipe.about then parts[#parts + 1] = "<p>" .. svg.escape(run.recipe.about) .. "</p>" end
   local needles = needle_evals(run)
@@ -276,7 +286,8 @@ function M.finish(run)
     if first ~= last then
       table.insert(blocks, 1, heatmap.text(first.result, ("before: %.0f %%"):format(100 * first.result.score)))
     end
-    say("%s", term.paint("bold", ("Needle in a haystack, %d digits, exact match, depth x length"):format(last.result.digits or 0)))
+    say("%s", term.paint("bold",
+      ("Needle in a haystack, %d digits, exact match, depth x length"):format(last.result.digits or 0)))
     say("%s", heatmap.beside(blocks))
     say("")
   end

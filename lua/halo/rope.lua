@@ -168,7 +168,7 @@ function M.frequencies(s, dim, length)
   if dim < 2 or dim % 2 ~= 0 then
     fail("the rotated head size must be even, got %s", tostring(dim))
   end
-  if type(s.theta) ~= "number" or not (s.theta > 1) then
+  if type(s.theta) ~= "number" or s.theta <= 1 or s.theta ~= s.theta then
     fail("theta must be a number above 1, got %s", tostring(s.theta))
   end
   for _, field in ipairs(needs[name]) do

@@ -113,7 +113,8 @@ function M.lines(o)
   local width, height = o.width or 640, o.height or 300
   local has_legend = #o.series > 1
   local left, right, top, bottom = 62, 16, has_legend and 56 or 40, 46
-  local function log_of(on) return on and function(v) return math.log(math.max(v, 1e-30)) / math.log(10) end or function(v) return v end end
+  local function log_of(on) return on and function(v) return math.log(math.max(v, 1e-30)) / math.log(10) end
+    or function(v) return v end end
   local fx, fy = log_of(o.log_x), log_of(o.log_y)
   local x0, x1, y0, y1 = math.huge, -math.huge, math.huge, -math.huge
   for _, s in ipairs(o.series) do
@@ -138,7 +139,8 @@ function M.lines(o)
     for _, t in ipairs(values) do
       local v = unlog and 10 ^ t or t
       if horizontal then
-        body[#body + 1] = ('<line x1="%g" x2="%g" y1="%g" y2="%g" stroke="#e5e5e5"/>'):format(left, width - right, py(v), py(v))
+        body[#body + 1] = ('<line x1="%g" x2="%g" y1="%g" y2="%g" stroke="#e5e5e5"/>'):format(left, width - right,
+          py(v), py(v))
         body[#body + 1] = text(left - 6, py(v) + 4, short(v), { anchor = "end", size = 11, fill = "#555" })
       else
         body[#body + 1] = text(px(v), height - bottom + 16, short(v), { size = 11, fill = "#555" })

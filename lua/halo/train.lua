@@ -71,7 +71,7 @@ Run.__index = Run
 function Run:save(o)
   o = o or {}
   local ok, why = checkpoint.save_job(self.job, self.folder .. "/ckpt", {
-    keep = o.keep, major = o.major, state = { guards = self.guards:state(), actions = self.actions:state() },
+    keep = o.keep, major = o.major, state = { guards = self.guards:state() },
   })
   if ok then
     self.log:event { kind = "save", step = self.job.step_index, path = ok }
@@ -88,7 +88,8 @@ end
 -- @treturn table the finished run: `folder`, `job`, `results`
 -- @treturn int exit code: 0, or 75 after a checkpoint that a signal asked for
 function M.run(recipe, o)
-  o = args.named("train.run", o or {}, { resume = "string?", out = "string?", verbose = "boolean?", virtual_ranks = "boolean?", comm = "any?", quiet = "boolean?" })
+  o = args.named("train.run", o or {}, { resume = "string?", out = "string?", verbose = "boolean?",
+    virtual_ranks = "boolean?", comm = "any?", quiet = "boolean?" })
   local job = job_module.new(recipe, { virtual_ranks = o.virtual_ranks, comm = o.comm })
   local world = job.comm
   local resume = o.resume
@@ -107,7 +108,6 @@ function M.run(recipe, o)
     if resume then
       local state, from = checkpoint.restore_job(job, resume)
       run.guards:restore(state.guards)
-      run.actions:restore(state.actions)
       run.log:rewind(job.step_index)
       run.log:note(("resumed from %s at step %d"):format(from, job.step_index))
     end

@@ -166,7 +166,8 @@ Probe.__tostring = function(p)
   for h, r in ipairs(p.recall) do
     if r < p.recall[worst] then worst = h end
   end
-  return ("attention of layer %d: %s, %s tokens, density %.1f%%\n  recall  min %.1f%%  median %.1f%%  (worst head %d)  %s")
+  return ("attention of layer %d: %s, %s tokens, density %.1f%%\n"
+    .. "  recall  min %.1f%%  median %.1f%%  (worst head %d)  %s")
     :format(p.layer, p.pattern, term.context(p.context), 100 * p.plan:density(), 100 * sorted[1],
       100 * sorted[math.ceil(#sorted / 2)], worst, term.sparkline(p.recall))
 end

@@ -67,7 +67,8 @@ describe("safetensors", function()
     end
     assert.truthy(message(file.read, file, "model.norm.wieght"):find('did you mean "model.norm.weight"', 1, true))
     assert.truthy(message(file.read, file, "model.norm.weight", { into = tensor.zeros { 3 } }):find "shape")
-    assert.truthy(message(file.read, file, "model.norm.weight", { dtpye = "f32" }):find('did you mean "dtype"', 1, true))
+    assert.truthy(message(file.read, file, "model.norm.weight", { dtpye = "f32" }):find('did you mean "dtype"', 1,
+      true))
     assert.truthy(message(st.open, dir .. "/absent.safetensors"):find "No such file")
     fs.write(dir .. "/pytorch_model.bin", "x")
     assert.truthy(message(st.open, dir .. "/pytorch_model.bin"):find "pickle")

@@ -97,7 +97,8 @@ function M.run(options)
     m.vocab, term.count(forecast.parameters), resolved.dtype))
   print(("ranks   %d = dp %d x cp %d, %s ring, %s, blocks of %d tokens"):format(forecast.ranks, mesh.dp, mesh.cp,
     ring.type, ring.layout, ring.block))
-  print(("run     %d steps, %s tokens, at most %s flops"):format(resolved.total.steps, term.count(resolved.total.tokens),
+  print(("run     %d steps, %s tokens, at most %s flops"):format(resolved.total.steps,
+    term.count(resolved.total.tokens),
     term.count(forecast.flops)))
   print()
   print(stage_table(resolved))

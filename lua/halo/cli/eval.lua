@@ -36,7 +36,8 @@ local function fields_of(options, word)
   end
   if options.lengths then
     if not schema.type(word).by_name.lengths then
-      errors.raise("usage", ("%s has no lengths%s"):format(word, args.did_you_mean("lengths", schema.type(word).names)), 0)
+      errors.raise("usage", ("%s has no lengths%s"):format(word,
+        args.did_you_mean("lengths", schema.type(word).names)), 0)
     end
     node.lengths = options.lengths
   end

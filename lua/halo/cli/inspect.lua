@@ -73,7 +73,8 @@ local function run(path)
     print(("  step %d of %d, loss %.4f, %s tokens"):format(last.step, last.steps, last.loss, term.count(last.tokens)))
   end
   for _, e in ipairs(r.evals) do
-    print(("  step %d: %s%s"):format(e.step, e.name, e.result.score and (" %.1f %%"):format(100 * e.result.score) or ""))
+    print(("  step %d: %s%s"):format(e.step, e.name, e.result.score and (" %.1f %%"):format(100 * e.result.score)
+      or ""))
   end
   if fs.is_dir(path .. "/ckpt") then saved(path) end
 end

@@ -15,7 +15,8 @@ function M.define(command)
     :convert(cli.count):argname "N"
   command:option("--resume", "auto: go on from the newest checkpoint of this recipe, if there is one; "
     .. "or a run or checkpoint folder"):argname "DIR"
-  command:option("--out", "the run's folder (default: a new one, named by date and recipe, in the recipe's out)"):argname "DIR"
+  command:option("--out", "the run's folder (default: a new one, named by date and recipe, in the recipe's out)")
+    :argname "DIR"
   command:flag("--verbose -v", "say more")
 end
 

@@ -245,7 +245,8 @@ function M.run_in(o)
   local result = M.run(inner)
   if file then
     file:close()
-    fs.write(o.folder .. "/results_niah_digits.json", results_text(result, { model_name = o.model_name, source = head.source }))
+    fs.write(o.folder .. "/results_niah_digits.json", results_text(result, { model_name = o.model_name,
+      source = head.source }))
   end
   result.folder, result.reused = o.folder, taken
   return result

@@ -24,7 +24,8 @@ local M = {
   fields = function(kind)
     return {
       { "lengths", kind.list(kind.tokens), doc = "context lengths (default: those of the stages)" },
-      { "mode", kind.enum { "prefix", "sliding" }, default = "prefix", doc = "which tokens are scored; see eval/ppl.lua" },
+      { "mode", kind.enum { "prefix", "sliding" }, default = "prefix",
+        doc = "which tokens are scored; see eval/ppl.lua" },
       { "last", kind.count, default = 256, doc = "prefix: tokens scored at the end of each length" },
       { "stride", kind.count, default = 256, doc = "sliding: tokens between windows (YaRN's setting)" },
       { "documents", kind.count, default = 8, doc = "at most so many documents per length" },
@@ -169,7 +170,8 @@ end
 
 --- A table for the terminal.
 function M.text(result)
-  local lines = { ("%8s %10s %10s %12s %10s %s"):format("length", "ppl", "bits/byte", "tokens", "documents", "skipped") }
+  local lines = { ("%8s %10s %10s %12s %10s %s"):format("length", "ppl", "bits/byte", "tokens", "documents",
+    "skipped") }
   for _, r in ipairs(result.rows) do
     lines[#lines + 1] = ("%8d %10s %10s %12d %10d %d"):format(r.length, r.ppl and ("%.3f"):format(r.ppl) or "-",
       r.bits_per_byte and ("%.3f"):format(r.bits_per_byte) or "-", r.tokens, r.documents, r.skipped)

@@ -53,7 +53,8 @@ end
 -- residual stream.
 function M.parameter_list(c)
   local list = {}
-  local function add(name, shape, kind, out) list[#list + 1] = { name = name, shape = shape, kind = kind, out = out } end
+  local function add(name, shape, kind, out) list[#list + 1] = { name = name, shape = shape, kind = kind,
+    out = out } end
   local q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
   add("model.embed_tokens.weight", { c.vocab, c.width }, "embedding")
   for layer = 0, c.layers - 1 do

@@ -174,11 +174,8 @@ end
 function M.save_hf(model, dir, o)
   o = o or {}
   fs.mkdir(dir)
-  local tensors, order = {}, {}
-  for _, p in ipairs(model.parameters) do
-    tensors[p.name] = p.tensor
-    order[#order + 1] = p.name
-  end
+  local tensors = {}
+  for _, p in ipairs(model.parameters) do tensors[p.name] = p.tensor end
   require("halo.safetensors").save(dir, tensors, {
     dtype = o.dtype, max_shard_bytes = o.max_shard_bytes, metadata = { format = "pt" },
   })
