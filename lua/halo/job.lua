@@ -95,7 +95,7 @@ function M.new(recipe, o)
   self.data_index = math.floor(self.rank / self.cp)
   self.ring_comm = self.dp == 1 and self.comm or self.comm:split(self.data_index, self.rank)
   self.tokenizer = open_tokenizer(recipe)
-  memory.tagged("weights", function() self.model = build_model(recipe, self.tokenizer.vocab_size) end)
+  memory.with_tag("weights", function() self.model = build_model(recipe, self.tokenizer.vocab_size) end)
   self.attending = attending.new { config = self.model.config, comm = self.ring_comm,
     pattern = recipe.attention, inner = self.comm:local_size() }
   local a = recipe.optim
