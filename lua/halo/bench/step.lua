@@ -28,7 +28,7 @@ local M = {
 local function build(o)
   local config = model.config { family = "llama", layers = o.layers, width = o.width, heads = o.heads,
     kv_heads = o.kv_heads, ffn = o.ffn, vocab = o.vocab, context = o.tokens, tie = true }
-  return memory.tagged("weights", model.build, config, { dtype = o.dtype })
+  return memory.with_tag("weights", model.build, config, { dtype = o.dtype })
 end
 
 -- A batch of random tokens; content does not matter for time.
