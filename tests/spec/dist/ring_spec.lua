@@ -22,10 +22,10 @@ local function same_bits(a, b)
   end
 end
 
-describe("processes", function()
-  -- mpirun calls a rank that ends without leaving MPI a failure.
-  teardown(function() require("halo.launch").close() end)
+-- mpirun calls a rank that ends without leaving MPI a failure.
+teardown(function() require("halo.launch").close() end)
 
+describe("processes", function()
   it("are several", function()
     assert.is_true(W > 1)
     assert.equal("mpi", world:name())
