@@ -7,6 +7,7 @@ local fs = require "halo.fs"
 ffi.cdef [[
 int execvp(const char *file, char *const argv[]);
 int setenv(const char *name, const char *value, int overwrite);
+int unsetenv(const char *name);
 int get_nprocs(void);
 int gethostname(char *name, size_t length);
 unsigned int geteuid(void);
@@ -23,6 +24,7 @@ local M = {}
 function M.cores() return C.get_nprocs() end
 function M.is_root() return C.geteuid() == 0 end
 function M.setenv(name, value) C.setenv(name, tostring(value), 1) end
+function M.unsetenv(name) C.unsetenv(name) end
 
 --- Name of this machine.
 function M.hostname()

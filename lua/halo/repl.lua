@@ -156,14 +156,16 @@ end
 
 -- Compile as an expression, else as statements. Returns chunk, or nil, message, is_incomplete.
 -- The expression is an argument and not returned itself, because a tail call would leave no frame of the
--- prompt for errors to point at.
+-- prompt for errors to point at. (With a line break only where a comment would swallow the parenthesis.)
 local function compile(text)
-  local chunk = loadstring("return _values(" .. text .. "\n)", "=prompt")
+  local chunk = loadstring("return _values(" .. text .. ")", "=prompt")
+    or loadstring("return _values(" .. text .. "\n)", "=prompt")
   if chunk then return chunk end
-  local why
+  local why, why_not_expression, _
   chunk, why = loadstring(text, "=prompt")
   if chunk then return chunk end
-  return nil, why, why:find "'<eof>'" ~= nil or why:find "unfinished string" ~= nil and text:find "%[=*%["
+  _, why_not_expression = loadstring("return " .. text, "=prompt")
+  return nil, why, why:find "near '<eof>'$" ~= nil or why_not_expression:find "near '<eof>'$" ~= nil
 end
 
 local function pack(...) return { n = select("#", ...), ... } end
