@@ -1,18 +1,23 @@
 --- What a recipe will cost, before it runs: parameters, memory per rank, flops, bytes on the wire.
 --
 -- `halo check` prints it; no device and no memory is needed, so a 32-rank job can be checked on a laptop.
--- The formulas follow reference "memory model" of long-context training (bytes per rank, T = tokens of
--- one sequence on this rank, Bm = sequences of a micro-batch here, b = bytes of an element):
+-- Bytes per rank, with T tokens here (sequences of a micro-batch stacked), b bytes of an element:
 --
---    weights      b P               gradients  4 P (8 P in f64)     moments  8 P (16 P), + 4 P master in bf16
---    block input  b E T Bm per layer with recompute = "block"; otherwise the whole working set per layer
---    working set  what one block keeps between its forward and its backward, see `block_bytes`
---    loss         one chunk of logits (16 MiB or one row at least) and its product's operands
---    ring         W > 1: three slots of keys and values (b) and of their gradients (4 bytes), 2 Hk D T each
+--    weights      b P           gradients  4 P (8 P in f64)       moments  8 P (16 P), + 4 P master in bf16
+--    activations  block inputs, L E T, and the largest of three moments of the backward pass
+--       MLP         what a block keeps (below), the gradient of its output, of gate and up
+--       attention   what attention keeps, gradients of o, q, k, v, and the kernel's fp32 sums
+--       loss        final hidden states, their gradient, one chunk of logits, the output matrix' gradient
+--    ring         W > 1: three slots of keys and values (b) and of their gradients (fp32), 2 Hk D T each
 --
--- A spec holds the total to the peak that the allocator counts in a real step. flops follow the console
--- line's definition, 6 N + 6 L H D S rho per token: rho is the share of the causal triangle that is
--- computed, known before the run only for dense attention, so the forecast says "at most" for the others.
+-- What a block keeps for its backward, columns of T elements: its two normed inputs and the residual
+-- between them (3 E), q and o (2 H D), k and v (2 Hk D), log-sum-exp (H), gate, up and their product (3 F).
+-- With recompute = "none" every block keeps that; with "block" only the one at hand.
+--
+-- Buffers are counted as the allocator hands them out, in eighths of a power of two (core/alloc.c). A spec
+-- holds the total to the peak of a real step within 15 %. flops follow the console line's definition,
+-- 6 N + 6 L H D S rho per token: rho is the share of the causal triangle that is computed, known before the
+-- run only for dense attention, so the forecast says "at most" for the others.
 local M = {}
 
 local dtype_bytes = { f32 = 4, f64 = 8, bf16 = 2 }
@@ -28,38 +33,51 @@ end
 --- Number of parameters of a resolved recipe's model.
 function M.parameters(model) return require("halo.model.decoder").count(config_of(model)) end
 
--- Bytes that one block keeps for its backward, per token, and the gradients that live beside them at the
--- worst moment (inside the MLP: those of gate and up, and of the hidden state).
-local function block_bytes(m, b)
+-- Size that the allocator hands out for a request.
+local function handed_out(bytes)
+  if bytes <= 256 then return 256 end
+  local base = 2 ^ math.floor(math.log(bytes) / math.log(2) + 1e-9)
+  return base + math.ceil((bytes - base) / (base / 8)) * base / 8
+end
+
+local MLP_CHUNK = 4096 -- tokens, halo.job
+local LOSS_CHUNK_BYTES = 16 * 2 ^ 20 -- core/nn_loss.c
+
+-- Activations of one step on one rank that holds `tokens` tokens, of which one sequence has `per_rank`.
+local function activation_bytes(m, b, wide, tokens, per_rank)
   local q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-  local attention = m.width -- normed input
-    + 2 * (q + kv) + kv -- q and k before and after rope, v
-    + q + m.heads * 4 / b -- attention's output, log-sum-exp in f32
-    + 2 * m.width -- output product, residual sum
-  local mlp = m.width + 3 * m.ffn + 2 * m.width -- normed input; gate, up and their product; output, residual
-  local gradients = 2 * m.ffn + 3 * m.width
-  return { kept = (attention + mlp) * b, gradients = gradients * b }
+  local function columns(n, count, size) return n * handed_out(count * (size or b) * tokens) end
+  local chunks = per_rank > MLP_CHUNK and math.ceil(per_rank / MLP_CHUNK) or 1
+  local inner = handed_out(m.ffn * b * tokens / chunks) -- one of gate, up, product, for one chunk
+  local attention = columns(1, m.width) + columns(2, q) + columns(2, kv) + columns(1, m.heads, wide)
+  local kept = attention + columns(2, m.width) + 3 * chunks * inner + (chunks > 1 and columns(1, m.width) or 0)
+  local inputs = columns(m.layers, m.width) + columns(2, m.head_dim / 2)
+  local rows = math.min(tokens, math.max(1, LOSS_CHUNK_BYTES / (m.vocab * wide)))
+  local moments = {
+    mlp = kept + columns(1, m.width) + 2 * inner,
+    attention = attention + columns(2, m.width) + columns(2, q) + columns(2, kv) + columns(1, q, wide)
+      + columns(2, kv, wide),
+    loss = columns(3, m.width) + handed_out(rows * m.vocab * wide) + handed_out(m.vocab * m.width * wide),
+  }
+  local largest = math.max(moments.mlp, moments.attention, moments.loss)
+  if m.recompute == "block" then return inputs + largest end
+  return inputs + kept * (m.layers - 1) + math.max(largest, kept + moments.loss)
 end
 
 local function memory_of(resolved, stage, parameters)
   local m, mesh = resolved.model, resolved.mesh
   local b = dtype_bytes[resolved.dtype]
-  local wide = resolved.dtype == "f64" and 8 or 4 -- gradients and moments
+  local wide = resolved.dtype == "f64" and 8 or 4 -- gradients, moments, sums
   local block = stage.attention.ring.block
   local per_rank = math.ceil(stage.context / (mesh.cp * block)) * block
   local tokens = per_rank * stage.batch / (mesh.dp * stage.accumulate)
-  local set = block_bytes(m, b)
-  local keeps_blocks = m.recompute ~= "block"
-  local hidden = m.width * b * tokens
-  local activations = keeps_blocks and set.kept * tokens * m.layers or hidden * m.layers + set.kept * tokens
-  local chunk = math.max(16 * 2 ^ 20, m.vocab * wide)
-  local kv = 2 * m.kv_heads * m.head_dim * tokens
+  local kv, q = 2 * m.kv_heads * m.head_dim * tokens, m.heads * m.head_dim * tokens
   local out = {
     weights = b * parameters,
     gradients = wide * parameters,
     optimizer = 2 * wide * parameters + (resolved.dtype == "bf16" and 4 * parameters or 0),
-    activations = activations + set.gradients * tokens + 3 * hidden + math.min(chunk, m.vocab * wide * tokens),
-    ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + m.heads * m.head_dim * tokens * wide or 0,
+    activations = activation_bytes(m, b, wide, tokens, per_rank),
+    ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + q * wide or 0,
   }
   out.total = 0
   for _, name in ipairs { "weights", "gradients", "optimizer", "activations", "ring" } do
