@@ -7,14 +7,15 @@
  * reason, never a crash and never a silently shorter data set. What stays open is a file that shrinks
  * while it is mapped: replacing one by rename is safe, cutting one in place is not.
  *
- * A halo_tokens is a list of documents in some order, each a run of tokens of one mapped file:
+ * A halo_tokens is a list of documents in some order, each a run of tokens of a mapped file:
  *
  *   start   0     5        12   14       19        first token of each document in this sequence
  *           | d0  |   d1    | d2 |   d3   |
- *   source  40    0        112  210                first token of each in the file
+ *   which   0     0         1    0                 its file
+ *   source  40    0        112  210                its first token there
  *
- * For a whole file source is start. Choices (documents of a split, a range) share the mapping and
- * have their own two arrays; reading walks the documents either way.
+ * For a whole file source is start. Choices (documents of a split, a range, shards joined) share the
+ * mappings and have their own arrays; reading walks the documents either way.
  *
  * llm.c's files are read too, because people have them: 1024 bytes of header, then tokens. They carry
  * no documents, vocabulary or checksum; documents begin at a separator if the caller names one.
@@ -44,11 +45,13 @@ typedef struct mapping {
 } mapping;
 
 struct halo_tokens {
-  mapping *map;
+  mapping **maps; /* [n_maps], each referenced */
+  int64_t n_maps;
   int64_t n_documents;
   const int64_t *start;  /* [n_documents + 1] */
   const int64_t *source; /* [n_documents] */
-  void *owned;           /* both arrays of a choice, or NULL */
+  const int32_t *which;  /* [n_documents] index into maps; NULL: all in maps[0] */
+  void *owned;           /* the arrays, where they are not the file's */
   uint64_t hash;
 };
 
@@ -62,7 +65,8 @@ static void map_release(mapping *m) {
 
 void halo_tokens_free(halo_tokens *t) {
   if (t == NULL) return;
-  map_release(t->map);
+  for (int64_t i = 0; i < t->n_maps; i++) map_release(t->maps[i]);
+  halo__free(t->maps);
   halo__free(t->owned);
   halo__free(t);
 }
@@ -93,6 +97,10 @@ static halo_status map_file(mapping **out, const char *path) {
 done:
   close(fd);
   return status;
+}
+
+static inline const mapping *map_of(const halo_tokens *t, int64_t document) {
+  return t->maps[t->which != NULL ? t->which[document] : 0];
 }
 
 static inline uint32_t token_at(const mapping *m, int64_t i) {
@@ -174,7 +182,7 @@ static halo_status check_tokens(const mapping *m, uint64_t hash, const char *pat
 }
 
 static halo_status open_halo(halo_tokens *t, const char *path, bool verify) {
-  mapping *m = t->map;
+  mapping *m = t->maps[0];
   const halo__token_file *h = m->base;
   int64_t table = 0;
   HALO_TRY(check_header(h, (int64_t)m->bytes, &table, path));
@@ -193,7 +201,7 @@ static halo_status open_halo(halo_tokens *t, const char *path, bool verify) {
 }
 
 static halo_status open_llmc(halo_tokens *t, const char *path, int32_t separator) {
-  mapping *m = t->map;
+  mapping *m = t->maps[0];
   const int32_t *header = m->base;
   HALO_CHECK(m->bytes >= LLMC_HEADER_BYTES, HALO_ECORRUPT,
              "tokens_open: %s has %zu bytes, too few for llm.c's header", path, m->bytes);
@@ -227,11 +235,18 @@ static halo_status open_llmc(halo_tokens *t, const char *path, int32_t separator
   return HALO_OK;
 }
 
-static halo_status tokens_new(halo_tokens **out, mapping *map) {
+/* Without documents yet, and with room for n_maps. */
+static halo_status tokens_new(halo_tokens **out, int64_t n_maps) {
   void *p;
   HALO_TRY(halo__data_alloc(&p, sizeof(halo_tokens)));
   halo_tokens *t = p;
-  *t = (halo_tokens){.map = map};
+  *t = (halo_tokens){0};
+  const halo_status status = halo__data_alloc(&p, n_maps * (int64_t)sizeof(mapping *));
+  if (status != HALO_OK) {
+    halo_tokens_free(t);
+    return status;
+  }
+  t->maps = p;
   *out = t;
   return HALO_OK;
 }
@@ -239,14 +254,15 @@ static halo_status tokens_new(halo_tokens **out, mapping *map) {
 halo_status halo_tokens_open(halo_tokens **out, const char *path, int32_t separator,
                              int32_t verify) {
   HALO_CHECK(out != NULL && path != NULL, HALO_EARG, "tokens_open: NULL argument");
-  mapping *map = NULL;
   halo_tokens *t = NULL;
-  HALO_TRY(map_file(&map, path));
-  halo_status status = tokens_new(&t, map);
+  HALO_TRY(tokens_new(&t, 1));
+  halo_status status = map_file(&t->maps[0], path);
   if (status != HALO_OK) {
-    map_release(map);
+    halo_tokens_free(t);
     return status;
   }
+  t->n_maps = 1;
+  const mapping *map = t->maps[0];
   int32_t magic;
   memcpy(&magic, map->base, sizeof magic);
   if (magic == LLMC_MAGIC_16 || magic == LLMC_MAGIC_32) {
@@ -268,8 +284,8 @@ halo_status halo_tokens_open(halo_tokens **out, const char *path, int32_t separa
 
 int64_t halo_tokens_count(const halo_tokens *t) { return t->start[t->n_documents]; }
 int64_t halo_tokens_documents(const halo_tokens *t) { return t->n_documents; }
-int64_t halo_tokens_vocab(const halo_tokens *t) { return t->map->vocab; }
-uint64_t halo_tokens_tokenizer_hash(const halo_tokens *t) { return t->map->tokenizer_hash; }
+int64_t halo_tokens_vocab(const halo_tokens *t) { return t->maps[0]->vocab; }
+uint64_t halo_tokens_tokenizer_hash(const halo_tokens *t) { return t->maps[0]->tokenizer_hash; }
 uint64_t halo_tokens_hash(const halo_tokens *t) { return t->hash; }
 
 halo_status halo_tokens_document(const halo_tokens *t, int64_t document, int64_t *first_out,
@@ -304,7 +320,7 @@ halo_status halo_tokens_document_hash(const halo_tokens *t, int64_t document, ui
   uint64_t h = (uint64_t)n;
   for (int64_t at = 0; at < n; at += CHUNK) {
     const int64_t m = n - at < CHUNK ? n - at : CHUNK;
-    HALO_TRY(copy_ids(ids, t->map, t->source[document] + at, m));
+    HALO_TRY(copy_ids(ids, map_of(t, document), t->source[document] + at, m));
     h = XXH3_64bits_withSeed(ids, (size_t)m * 4, h);
   }
   *out = h;
@@ -323,7 +339,7 @@ halo_status halo_tokens_read(int32_t *tokens, int32_t *documents, const halo_tok
     const int64_t skip = first + done - t->start[d];
     int64_t m = t->start[d + 1] - t->start[d] - skip;
     if (m > n - done) m = n - done;
-    HALO_TRY(copy_ids(tokens + done, t->map, t->source[d] + skip, m));
+    HALO_TRY(copy_ids(tokens + done, map_of(t, d), t->source[d] + skip, m));
     for (int64_t i = 0; documents != NULL && i < m; i++) documents[done + i] = (int32_t)d;
     done += m;
   }
@@ -338,28 +354,45 @@ halo_status halo_tokens_read(int32_t *tokens, int32_t *documents, const halo_tok
 
 /* ---- choices ---- */
 
-/* A sequence of n documents over the same mapping; start[0..n] and source[0..n) are to be filled. */
-static halo_status choice_new(halo_tokens **out, halo_tokens *of, int64_t n, int64_t **start_out,
-                              int64_t **source_out) {
+/* The arrays of a new sequence of n documents. */
+typedef struct arrays {
+  int64_t *start, *source;
+  int32_t *which;
+} arrays;
+
+static int64_t arrays_bytes(int64_t n) { return (2 * n + 1) * 8 + n * 4; }
+
+/* A sequence of n documents over n_maps mappings, both to be filled. */
+static halo_status choice_new(halo_tokens **out, arrays *a, int64_t n, int64_t n_maps) {
   halo_tokens *t;
-  HALO_TRY(tokens_new(&t, NULL));
-  const halo_status status = halo__data_alloc(&t->owned, (2 * n + 1) * 8);
+  HALO_TRY(tokens_new(&t, n_maps));
+  const halo_status status = halo__data_alloc(&t->owned, arrays_bytes(n));
   if (status != HALO_OK) {
     halo_tokens_free(t);
     return status;
   }
-  __atomic_add_fetch(&of->map->references, 1, __ATOMIC_ACQ_REL);
-  t->map = of->map;
   t->n_documents = n;
-  int64_t *start = t->owned;
-  t->start = *start_out = start;
-  t->source = *source_out = start + n + 1;
+  t->start = a->start = t->owned;
+  t->source = a->source = a->start + n + 1;
+  t->which = a->which = (int32_t *)(a->source + n);
+  a->start[0] = 0;
   *out = t;
   return HALO_OK;
 }
 
+static void share_maps(halo_tokens *t, const halo_tokens *of) {
+  for (int64_t i = 0; i < of->n_maps; i++) {
+    __atomic_add_fetch(&of->maps[i]->references, 1, __ATOMIC_ACQ_REL);
+    t->maps[t->n_maps++] = of->maps[i];
+  }
+}
+
+static inline int32_t which_of(const halo_tokens *t, int64_t document) {
+  return t->which != NULL ? t->which[document] : 0;
+}
+
 static void choice_hash(halo_tokens *t, uint64_t parent) {
-  t->hash = XXH3_64bits_withSeed(t->owned, (size_t)(2 * t->n_documents + 1) * 8, parent);
+  t->hash = XXH3_64bits_withSeed(t->owned, (size_t)arrays_bytes(t->n_documents), parent);
 }
 
 halo_status halo_tokens_select(halo_tokens **out, halo_tokens *t, const int64_t *documents,
@@ -374,13 +407,14 @@ halo_status halo_tokens_select(halo_tokens **out, halo_tokens *t, const int64_t 
     HALO_CHECK(halo__add(total, length, &total), HALO_EARG, "tokens_select: too many tokens");
   }
   halo_tokens *c;
-  int64_t *start, *source;
-  HALO_TRY(choice_new(&c, t, n, &start, &source));
-  start[0] = 0;
+  arrays a;
+  HALO_TRY(choice_new(&c, &a, n, t->n_maps));
+  share_maps(c, t);
   for (int64_t i = 0; i < n; i++) {
     const int64_t d = documents[i];
-    start[i + 1] = start[i] + t->start[d + 1] - t->start[d];
-    source[i] = t->source[d];
+    a.start[i + 1] = a.start[i] + t->start[d + 1] - t->start[d];
+    a.source[i] = t->source[d];
+    a.which[i] = which_of(t, d);
   }
   choice_hash(c, t->hash);
   *out = c;
@@ -396,16 +430,64 @@ halo_status halo_tokens_slice(halo_tokens **out, halo_tokens *t, int64_t first, 
   const int64_t d0 = halo_tokens_find_document(t, first);
   const int64_t d1 = halo_tokens_find_document(t, first + n - 1);
   halo_tokens *c;
-  int64_t *start, *source;
-  HALO_TRY(choice_new(&c, t, d1 - d0 + 1, &start, &source));
+  arrays a;
+  HALO_TRY(choice_new(&c, &a, d1 - d0 + 1, t->n_maps));
+  share_maps(c, t);
   for (int64_t d = d0; d <= d1; d++) {
     const int64_t cut = d == d0 ? first - t->start[d] : 0;
-    start[d - d0] = d == d0 ? 0 : t->start[d] - first;
-    source[d - d0] = t->source[d] + cut;
+    a.start[d - d0] = d == d0 ? 0 : t->start[d] - first;
+    a.source[d - d0] = t->source[d] + cut;
+    a.which[d - d0] = which_of(t, d);
   }
-  start[d1 - d0 + 1] = n;
+  a.start[d1 - d0 + 1] = n;
   choice_hash(c, t->hash);
   *out = c;
+  return HALO_OK;
+}
+
+/* What the parts have in all; they must agree on vocabulary and tokenizer. */
+static halo_status join_sizes(int64_t *documents_out, int64_t *maps_out, halo_tokens *const *parts,
+                              int64_t n) {
+  int64_t documents = 0, tokens = 0, maps = 0;
+  for (int64_t i = 0; i < n; i++) {
+    HALO_CHECK(parts[i] != NULL, HALO_EARG, "tokens_join: part %lld is NULL", (long long)i);
+    HALO_CHECK(halo_tokens_vocab(parts[i]) == halo_tokens_vocab(parts[0]) &&
+                   halo_tokens_tokenizer_hash(parts[i]) == halo_tokens_tokenizer_hash(parts[0]),
+               HALO_EARG, "tokens_join: parts 0 and %lld were made with different tokenizers",
+               (long long)i);
+    documents += parts[i]->n_documents;
+    maps += parts[i]->n_maps;
+    HALO_CHECK(documents < INT32_MAX && maps < INT32_MAX &&
+                   halo__add(tokens, halo_tokens_count(parts[i]), &tokens),
+               HALO_EUNSUPPORTED, "tokens_join: too many documents");
+  }
+  *documents_out = documents;
+  *maps_out = maps;
+  return HALO_OK;
+}
+
+halo_status halo_tokens_join(halo_tokens **out, halo_tokens *const *parts, int64_t n) {
+  HALO_CHECK(out != NULL && parts != NULL && n > 0, HALO_EARG, "tokens_join: no parts");
+  int64_t documents = 0, maps = 0;
+  HALO_TRY(join_sizes(&documents, &maps, parts, n));
+  halo_tokens *t;
+  arrays a;
+  HALO_TRY(choice_new(&t, &a, documents, maps));
+  uint64_t hash = 0;
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const halo_tokens *p = parts[i];
+    const int32_t first_map = (int32_t)t->n_maps;
+    share_maps(t, p);
+    for (int64_t d = 0; d < p->n_documents; d++, at++) {
+      a.start[at + 1] = a.start[at] + p->start[d + 1] - p->start[d];
+      a.source[at] = p->source[d];
+      a.which[at] = first_map + which_of(p, d);
+    }
+    hash = XXH3_64bits_withSeed(&p->hash, sizeof p->hash, hash);
+  }
+  choice_hash(t, hash);
+  *out = t;
   return HALO_OK;
 }
 

@@ -736,7 +736,7 @@ HALO_API halo_status halo_hash_file(const char *path, uint64_t *out);
  * below n, so that any element of an epoch's order is known without the others. -1 if out of range. */
 HALO_API int64_t halo_random_permute(int64_t n, uint64_t seed, uint64_t stream, int64_t index);
 
-/* A sequence of documents of token ids: an opened token file, or a choice of another one's documents.
+/* A sequence of documents of token ids: an opened token file, a choice of documents, or several joined.
  * Memory-mapped, read-only, safe to share between threads. Format: core/data.c. */
 typedef struct halo_tokens halo_tokens;
 
@@ -770,6 +770,8 @@ HALO_API halo_status halo_tokens_read(int32_t *tokens, int32_t *documents, const
 HALO_API halo_status halo_tokens_select(halo_tokens **out, halo_tokens *t, const int64_t *documents,
                                         int64_t n);
 HALO_API halo_status halo_tokens_slice(halo_tokens **out, halo_tokens *t, int64_t first, int64_t n);
+/* Several sequences one after the other, as for a corpus in shards; of one vocabulary and tokenizer. */
+HALO_API halo_status halo_tokens_join(halo_tokens **out, halo_tokens *const *parts, int64_t n);
 /* Hold out documents: document d goes to valid when its hash, mixed with the seed, falls below
  * `share`; equal documents never end on both sides. HALO_EARG if a side would be empty. */
 HALO_API halo_status halo_tokens_split(halo_tokens **train_out, halo_tokens **valid_out,

@@ -162,6 +162,52 @@ static void choices_share_the_file(void) {
   halo_tokens_free(some);
 }
 
+static void parts_join(void) {
+  static corpus a, b;
+  corpus_make(&a, 1000);
+  corpus_make(&b, 1000);
+  corpus_write(&a, in_folder("a.tokens"), 1000);
+  corpus_write(&b, in_folder("b.tokens"), 1000);
+  corpus_write(&b, in_folder("c.tokens"), 999999); // another width, another vocabulary
+  halo_tokens *ta = NULL, *tb = NULL, *tc = NULL, *some = NULL, *all = NULL, *range = NULL;
+  CHECK_OK(halo_tokens_open(&ta, in_folder("a.tokens"), -1, 1));
+  CHECK_OK(halo_tokens_open(&tb, in_folder("b.tokens"), -1, 1));
+  CHECK_OK(halo_tokens_open(&tc, in_folder("c.tokens"), -1, 1));
+  CHECK_OK(halo_tokens_select(&some, tb, (const int64_t[]){9, 2}, 2));
+  halo_tokens *const parts[] = {ta, some, ta, tb};
+  CHECK_OK(halo_tokens_join(&all, parts, 4));
+  CHECK(halo_tokens_documents(all) == 3 * DOCUMENTS + 2);
+  const int64_t count = halo_tokens_count(all), na = halo_tokens_count(ta), ns = halo_tokens_count(some);
+  CHECK(count == 2 * na + ns + halo_tokens_count(tb));
+  CHECK_OK(halo_tokens_slice(&range, all, 1, count - 1));
+  CHECK(halo_tokens_hash(all) != halo_tokens_hash(range));
+  int good = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const halo_tokens *p = i < na ? ta : i < na + ns ? some : i < 2 * na + ns ? ta : tb;
+    const int64_t at = i < na ? i : i < na + ns ? i - na : i < 2 * na + ns ? i - na - ns : i - 2 * na - ns;
+    int32_t want, got, cut = -1;
+    good += halo_tokens_read(&want, NULL, p, at, 1, -1) == HALO_OK &&
+            halo_tokens_read(&got, NULL, all, i, 1, -1) == HALO_OK && want == got &&
+            (i == 0 || (halo_tokens_read(&cut, NULL, range, i - 1, 1, -1) == HALO_OK && cut == got));
+  }
+  CHECK(good == count);
+  halo_tokens *other = NULL;
+  CHECK_OK(halo_tokens_join(&other, (halo_tokens *const[]){tb, ta}, 2));
+  CHECK(halo_tokens_hash(other) != halo_tokens_hash(all));
+  halo_tokens_free(other);
+  other = NULL;
+  CHECK_STATUS(halo_tokens_join(&other, (halo_tokens *const[]){tb, tc}, 2), HALO_EARG);
+  CHECK_STATUS(halo_tokens_join(&other, parts, 0), HALO_EARG);
+  halo_tokens_free(ta);
+  halo_tokens_free(tb);
+  halo_tokens_free(tc);
+  halo_tokens_free(some);
+  halo_tokens_free(range);
+  int32_t id;
+  CHECK_OK(halo_tokens_read(&id, NULL, all, count - 1, 1, -1)); // keeps all files
+  halo_tokens_free(all);
+}
+
 static void split_keeps_equal_documents_together(void) {
   const char *path = in_folder("s.tokens");
   halo_token_writer *w = NULL;
@@ -511,7 +557,7 @@ static void survives_failing_allocations(void) {
   int64_t failures = 0;
   for (int done = 0; !done && failures < 100; failures++) {
     halo_token_writer *w = NULL;
-    halo_tokens *t = NULL, *train = NULL, *valid = NULL, *range = NULL;
+    halo_tokens *t = NULL, *train = NULL, *valid = NULL, *range = NULL, *all = NULL;
     halo_memory_fail_after(failures);
     halo_status s = halo_token_writer_new(&w, in_folder("f2.tokens"), 300, 0);
     if (s == HALO_OK) s = halo_token_writer_add(w, c.ids, 20);
@@ -519,9 +565,11 @@ static void survives_failing_allocations(void) {
     if (s == HALO_OK) s = halo_tokens_open(&t, in_folder("f.tokens"), -1, 1);
     if (s == HALO_OK) s = halo_tokens_split(&train, &valid, t, 0.3, 3);
     if (s == HALO_OK) s = halo_tokens_slice(&range, train, 3, 10);
+    if (s == HALO_OK) s = halo_tokens_join(&all, (halo_tokens *const[]){train, range, valid}, 3);
     halo_memory_fail_after(-1);
     CHECK(s == HALO_OK || s == HALO_ENOMEM);
     done = s == HALO_OK;
+    halo_tokens_free(all);
     halo_tokens_free(range);
     halo_tokens_free(train);
     halo_tokens_free(valid);
@@ -535,6 +583,7 @@ int main(void) {
   if (mkdtemp(folder) == NULL) return 1;
   RUN(what_is_written_is_read);
   RUN(choices_share_the_file);
+  RUN(parts_join);
   RUN(split_keeps_equal_documents_together);
   RUN(malformed_files_are_refused);
   RUN(llmc_files_are_read);

@@ -54,10 +54,9 @@ def random_text(rng):
     return "".join(parts)
 
 
-def halo(folder, texts, special):
+def halo(folder, texts, mode):
     lines = "\n".join(t.encode().hex() for t in texts) + "\n"
-    done = subprocess.run(["luajit", os.path.join(HERE, "encode.lua"), folder,
-                           "special" if special else "plain"],
+    done = subprocess.run(["luajit", os.path.join(HERE, "encode.lua"), folder, mode],
                           input=lines, capture_output=True, text=True, check=True)
     return [[int(i) for i in line.split()] for line in done.stdout.split("\n")[:-1]]
 
@@ -98,9 +97,17 @@ def main():
         peer = hugging_face(name, pattern, nfc, whole)
         with tempfile.TemporaryDirectory() as folder:
             peer.save(os.path.join(folder, "tokenizer.json"))
-            ours = halo(folder, texts, True)
+            ours = halo(folder, texts, "special")
         label = f"{name}, {'GPT-2' if pattern is None else 'Llama 3' if pattern is LLAMA3 else 'Qwen2'} pattern"
         ok &= compare("tokenizers, " + label, texts, ours, [e.ids for e in peer.encode_batch(texts)])
+
+    # The byte tokenizer's own files, as a checkpoint folder carries them.
+    rng = random.Random("byte")
+    texts = [random_text(rng) + rng.choice(["", "<|eos|>", "<|bos|>a"]) for _ in range(n)]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = halo(folder, texts, "byte")
+        peer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    ok &= compare("tokenizers, byte tokenizer", texts, ours, [e.ids for e in peer.encode_batch(texts)])
 
     # tiktoken: the Qwen vocabulary as ranks, whose ids are its merge order.
     with open(os.path.join(SHARED, "data/tokenizers/qwen2.5/vocab.json"), encoding="utf-8") as f:
@@ -118,10 +125,10 @@ def main():
         with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
             json.dump({"bos_token": "<|s0|>", "eos_token": "<|s1|>", "added_tokens_decoder": {
                 str(i): {"content": t, "special": True} for t, i in special.items()}}, f)
-        ours = halo(folder, texts, True)
+        ours = halo(folder, texts, "special")
         theirs = [peer.encode(t, allowed_special="all") for t in texts]
         ok &= compare("tiktoken, Llama 3 pattern", texts, ours, theirs)
-        plain = halo(folder, texts, False)
+        plain = halo(folder, texts, "plain")
         ok &= compare("tiktoken, special tokens off", texts, plain, [peer.encode_ordinary(t) for t in texts])
     return 0 if ok else 1
 

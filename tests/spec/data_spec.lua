@@ -137,6 +137,23 @@ describe("data", function()
       assert.equal(3, #lines)
     end)
 
+    it("opens a folder of shards as one text", function()
+      local shards = dir .. "/shards"
+      fs.mkdir(shards)
+      data.pack { from = dir .. "/text", to = shards .. "/b.tokens", tokenizer = tok, extensions = { "txt" } }
+      data.pack { from = dir .. "/text", to = shards .. "/a.tokens", tokenizer = tok, extensions = { "md" } }
+      fs.write(shards .. "/readme", "not tokens")
+      local a, b, all = data.tokens(shards .. "/a.tokens"), data.tokens(shards .. "/b.tokens"), data.tokens(shards)
+      assert.same({ a.count + b.count, a.documents + b.documents }, { all.count, all.documents })
+      assert.equal(a:document_hash(0), all:document_hash(0))
+      assert.equal(b:document_hash(5), all:document_hash(a.documents + 5))
+      all:check_tokenizer(tok)
+      fails("data", "no .tokens or .bin file", data.tokens, fs.mkdir(dir .. "/nothing"))
+      local other = tokenizer.byte { special = { "<|x|>" } }
+      data.pack { from = dir .. "/text", to = shards .. "/c.tokens", tokenizer = other }
+      fails("data", "different tokenizers", data.tokens, shards)
+    end)
+
     it("does not follow a folder into itself", function()
       os.execute(("ln -sfn .. '%s/text/deep/up'"):format(dir))
       local stats = data.pack { from = dir .. "/text", to = dir .. "/loop.tokens", tokenizer = tok }

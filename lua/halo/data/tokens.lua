@@ -4,6 +4,7 @@
 local args = require "halo.args"
 local errors = require "halo.errors"
 local ffi = require "ffi"
+local fs = require "halo.fs"
 local halo_ffi = require "halo.ffi"
 
 local C = halo_ffi.C
@@ -26,7 +27,38 @@ local function wrap(handle, path)
   }, Tokens)
 end
 
---- Open a token file.
+--- Several sequences one after the other.
+-- @tparam {Tokens,...} parts of one tokenizer
+function M.join(parts)
+  local handles = ffi.new("halo_tokens *[?]", math.max(#parts, 1))
+  for i, part in ipairs(parts) do handles[i - 1] = part.handle end
+  local out = ffi.new "halo_tokens *[1]"
+  halo_ffi.call(C.halo_tokens_join, out, handles, #parts)
+  return wrap(out[0], #parts > 0 and parts[1].path or nil)
+end
+
+-- Token files of a folder, in byte order of their names.
+local function shards(folder, o)
+  local parts = {}
+  for _, name in ipairs(fs.list(folder) or {}) do
+    if name:find "%.tokens$" or name:find "%.bin$" then
+      local part = M.open(fs.join(folder, name), o)
+      local first = parts[1] or part
+      if part.vocab ~= first.vocab
+        or C.halo_tokens_tokenizer_hash(part.handle) ~= C.halo_tokens_tokenizer_hash(first.handle) then
+        errors.raise("data", ("data.tokens: %s and %s were made with different tokenizers"):format(first.path,
+          part.path), 0)
+      end
+      parts[#parts + 1] = part
+    end
+  end
+  if #parts == 0 then
+    errors.raise("data", ("data.tokens: no .tokens or .bin file in %s"):format(folder), 0)
+  end
+  return M.join(parts)
+end
+
+--- Open a token file, or a folder of them (shards, joined in the order of their names).
 -- @tparam string path
 -- @tparam[opt] table o
 -- @tparam[opt=-1] int o.separator for llm.c's `.bin`: the id every document begins with; -1: one document
@@ -35,6 +67,7 @@ end
 -- @usage local t = data.tokens "pg19.tokens"; print(t.count, t.documents)
 function M.open(path, o)
   o = args.named("data.tokens", o or {}, { separator = { "int", -1 }, verify = { "boolean", true } })
+  if fs.is_dir(path) then return shards(path, o) end
   local out = ffi.new "halo_tokens *[1]"
   halo_ffi.call(C.halo_tokens_open, out, path, o.separator, o.verify and 1 or 0)
   return wrap(out[0], path)
