@@ -192,6 +192,13 @@ function M.count(text)
   return nil, ("'%s' is not a count"):format(text)
 end
 
+--- A number with an optional unit, as recipes write them: 4096, 32K, 2e9, 0.5B; nil for anything else.
+function M.number(text)
+  local digits, unit = text:match "^([%d.eE+-]+)([KMB]?)$"
+  local n = digits and tonumber(digits)
+  return n and n * (({ K = 1024, M = 1e6, B = 1e9 })[unit] or 1)
+end
+
 --- Converter for argparse: lengths such as 512, 32K or 1M, with commas between them.
 function M.lengths(text)
   local out = {}

@@ -116,7 +116,7 @@ function checks.processor()
   local p = processor()
   local text = ("%s, %d cores, %s"):format(p.name, process.cores(), table.concat(p.units, " "))
   if p.name ~= "unknown" and #p.units == 0 then
-    return warn("processor", text .. "no vector units that Halo knows", nil)
+    return warn("processor", text .. "no vector units that Halo knows")
   end
   return ok("processor", text)
 end

@@ -152,7 +152,8 @@ function Bench:generate(prompt, o)
   local ids = tok:encode(prompt)
   if #ids == 0 then ids = { tok.bos or tok.eos } end
   local out = require("halo.generate").run { model = parts.model, ids = ids, tokens = o.tokens,
-    temperature = o.temperature, top_p = o.top_p, seed = o.seed, stop = tok.document_end, attending = parts.attending }
+    temperature = o.temperature, top_p = o.top_p, seed = o.seed, stop = tok.document_end,
+    attending = parts.attending }
   parts.stage = nil -- a job lays its context out again at its next step
   return tok:decode(out)
 end

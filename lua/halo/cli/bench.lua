@@ -1,67 +1,61 @@
---- `halo bench WHAT`: measure this machine.
-local args = require "halo.args"
+--- `halo bench NAME`: how fast is this machine, and how near its own limits do we come?
+local cli = require "halo.cli"
 local errors = require "halo.errors"
-local fs = require "halo.fs"
 
 local M = {
   name = "bench",
-  summary = "Measure: products, ops, attention, a whole training step.",
-  example = "halo bench step --json step.json",
+  summary = "Measure speed: products, ops, attention, a whole training step.",
+  example = "halo bench attention tokens=4096 kept=0.1",
 }
 
 function M.define(command)
-  local bench = require "halo.bench"
-  local names = bench.names()
-  command:argument("what", "one of: " .. table.concat(names, ", ")):choices(names)
-  command:argument("options", "of that benchmark, as name=value; --list shows them"):args "*"
-  command:option("--json", "write the numbers there, too"):argname "FILE"
-  command:option("--threads -t", "threads to use (default: all)"):argname "N":convert(tonumber)
-  command:flag("--list -l", "show the options of the benchmark and their defaults")
+  command:argument("what", "one of those listed by `halo bench` alone"):args "?"
+  command:argument("options", "its options, as tokens=4096"):args "*"
+  command:option("--threads", "threads to measure with (default: all)"):convert(cli.count):argname "N"
+  command:flag("--json", "the figures as JSON")
 end
 
--- "tokens=2048" by the type that the benchmark wants.
-local function parse(words, known, what)
+-- "tokens=4096" -> { tokens = 4096 }, typed by what the benchmark says of its options.
+local function options_of(words, known)
+  local overrides, others = cli.split_overrides(words)
+  if #others > 0 then
+    errors.raise("usage", ('"%s" is no option; write name=value, as tokens=4096'):format(others[1]), 0)
+  end
   local out = {}
-  for _, word in ipairs(words) do
-    local name, value = word:match "^([%w_]+)=(.*)$"
-    local spec = name and known[name]
-    if not spec then
-      errors.raise("usage", ('bench %s: "%s" is no option%s'):format(what, word,
-        args.did_you_mean(name or word, args.keys(known))), 0)
-    end
-    local kind = (type(spec) == "table" and spec[1] or spec):gsub("%?$", "")
-    if kind == "boolean" then
-      out[name] = value == "true" or value == "1" or value == "yes"
-    elseif kind == "string" then
-      out[name] = value
+  for _, text in ipairs(overrides) do
+    local name, value = text:match "^([%w_]+)=(.*)$"
+    local field = known[name]
+    local kind = type(field) == "table" and field[1] or field
+    local is_text = type(kind) == "string" and kind:find "string" ~= nil
+    if value == "true" or value == "false" then
+      out[name] = value == "true"
     else
-      out[name] = tonumber(value)
-      if not out[name] then
-        errors.raise("usage", ("bench %s: %s wants a number, got %q"):format(what, name, value), 0)
-      end
+      out[name] = not is_text and cli.number(value) or value
     end
   end
   return out
 end
 
-function M.run(options)
+local function list()
   local bench = require "halo.bench"
-  local known = bench.get(options.what).options
-  if options.list then
-    for _, name in ipairs(args.keys(known)) do
-      local spec = known[name]
-      print(("%-12s %s"):format(name, type(spec) == "table" and tostring(spec[2]) or "(optional)"))
+  for _, name in ipairs(bench.names()) do
+    local b = bench.get(name)
+    local words = {}
+    for _, option in ipairs(require("halo.args").keys(b.options)) do
+      local field = b.options[option]
+      words[#words + 1] = type(field) == "table" and ("%s=%s"):format(option, tostring(field[2])) or option
     end
-    return 0
+    print(("%-10s %s\n           %s"):format(name, b.summary, table.concat(words, " ")))
   end
-  local o = parse(options.options, known, options.what)
-  o.threads = options.threads
-  local result = bench.run(options.what, o)
-  local m = result.machine
-  print(("%s, %d thread%s, load average %.1f at the start"):format(m.cpu, m.threads, m.threads == 1 and "" or "s",
-    m.load or 0))
-  print(result)
-  if options.json then fs.write(options.json, bench.json(options.what, result)) end
+end
+
+function M.run(options)
+  if not options.what then return list() end
+  local bench = require "halo.bench"
+  local fields = options_of(options.options, bench.get(options.what).options)
+  fields.threads = options.threads
+  local result = bench.run(options.what, fields)
+  io.stdout:write(options.json and bench.json(options.what, result) or tostring(result) .. "\n")
 end
 
 return M
