@@ -99,6 +99,17 @@ static halo_status check_shapes(const halo_tensor *q, const halo_tensor *k, cons
   return HALO_OK;
 }
 
+/* All ranks must bring the same plan and shapes: messages are sized by them, and a difference would be a
+ * hang or, worse, a wrong sum. One number per rank and call settles it. */
+static halo_status check_ranks_agree(const pass *x) {
+  const int64_t shape[] = {x->B, x->H, x->Hk, x->D, x->dtype};
+  uint64_t value = halo_plan_hash(x->plan);
+  for (size_t i = 0; i < sizeof shape / sizeof shape[0]; i++) {
+    value = halo_random_u64(value, i, (uint64_t)shape[i]); // as a mixing function
+  }
+  return halo_comm_same(halo__ring_comm(x->ring), value, "attention's plan or shape");
+}
+
 /* Tasks per key/value head in backward: enough to share eight threads, at one dq each. Not the number
  * of threads, on which a sum must not depend. */
 static int32_t backward_parts(const pass *x) {
@@ -427,6 +438,7 @@ static halo_status attention_forward(halo__call *c) {
   HALO_TRY_GOTO(halo_tensor_new(&c->out[0], in[IN_Q]->dtype, HALO_CPU, 4, shape));
   HALO_TRY_GOTO(halo_tensor_new(&lse, halo__acc_dtype(in[IN_Q]->dtype), HALO_CPU, 3, lse_shape));
   HALO_TRY_GOTO(pass_open(&p, x, in[IN_Q], in[IN_K], in[IN_V]));
+  HALO_TRY_GOTO(check_ranks_agree(&p));
   HALO_TRY_GOTO(run_forward(&p, c->out[0], lse));
   halo_trace_work(0, 4 * p.met * (double)p.D);
   if (c->wants_grad) {

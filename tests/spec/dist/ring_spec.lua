@@ -1,9 +1,12 @@
 -- Run on every rank of 2 and of 4 processes (tools/check). Processes must give, bit for bit, what as many
 -- virtual ranks in one process give: the C tests hold those to the definition.
 require "tests.helper"
+local attention = require "halo.attention"
 local comms = require "halo.comm"
+local layouts = require "halo.layout"
 local mesh = require "halo.mesh"
 local parity = require "halo.parity"
+local plans = require "halo.plan"
 local rings = require "halo.ring"
 local tensor = require "halo.tensor"
 
@@ -93,6 +96,21 @@ describe("a ring of processes", function()
 
   it("equals virtual ranks when messages are large", function()
     compare { tokens = 2000, heads = 2, kv_heads = 2, head_dim = 64, block = 32, plan = "dense" }
+  end)
+
+  it("refuses plans and shapes that differ, on every rank, and goes on", function()
+    local layout = layouts.new { tokens = 64, world = W, block = 8 }
+    local ring = rings.new { comm = world }
+    local T = layout:local_tokens()
+    local function attend(columns, kv_heads)
+      local q = tensor.normal { 1, T, 2, 4, seed = 1 }
+      local k = tensor.normal { 1, T, kv_heads, 4, seed = 2 }
+      local plan = plans.new { layout = layout, heads = 2 }:add_columns(columns):force { diagonal = true }:finish()
+      return attention.attend { q = q, k = k, v = k, plan = plan, ring = ring }
+    end
+    assert.error_matches(function() attend({ rank == 1 and 9 or 8 }, 2) end, "plan or shape differs.*rank 1 has")
+    assert.error_matches(function() attend({ 8 }, rank == 1 and 1 or 2) end, "plan or shape differs.*rank 1 has")
+    assert.same({ 1, T, 2, 4 }, attend({ 8 }, 2).shape)
   end)
 
   it("tells how long it waited", function()
