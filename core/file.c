@@ -275,8 +275,8 @@ struct halo__sink {
   bool wants_digest;
   const char *who;
   char path[HALO__PATH];
-  char *chunk; /* HALO__CHUNK bytes */
-  int64_t fill, bytes;
+  char *chunk; /* HALO__CHUNK bytes, or all that will come when that is less */
+  int64_t fill, bytes, expected;
   int64_t n_chunks, capacity;
   uint64_t *chunks;
   halo__sha256 sha;
@@ -287,6 +287,8 @@ void halo__digest_free(halo__digest *d) {
   *d = (halo__digest){0};
 }
 
+static int64_t chunk_bytes(int64_t bytes) { return bytes < HALO__CHUNK ? bytes + 1 : HALO__CHUNK; }
+
 halo_status halo__sink_open(halo__sink **out, const char *who, const char *path,
                             int64_t expected_bytes, bool wants_digest) {
   halo_status status = HALO_OK;
@@ -295,10 +297,11 @@ halo_status halo__sink_open(halo__sink **out, const char *who, const char *path,
   s->fd = -1;
   s->who = who;
   s->wants_digest = wants_digest;
+  s->expected = expected_bytes;
   HALO_CHECK_GOTO(strlen(path) < HALO__PATH, HALO_EARG, "%s: the path %.80s... is too long", who, path);
   snprintf(s->path, sizeof s->path, "%s", path);
-  HALO_TRY_GOTO(halo__scratch((void **)&s->chunk, HALO__CHUNK, 1));
-  s->capacity = expected_bytes / HALO__CHUNK + 2;
+  HALO_TRY_GOTO(halo__scratch((void **)&s->chunk, chunk_bytes(expected_bytes), 1));
+  s->capacity = expected_bytes / HALO__CHUNK + 1;
   HALO_TRY_GOTO(halo__scratch((void **)&s->chunks, s->capacity, sizeof *s->chunks));
   halo__sha256_init(&s->sha, false);
   s->fd = sys_create(path);
@@ -326,21 +329,9 @@ void halo__sink_abandon(halo__sink *s) {
   halo__free(s);
 }
 
-static halo_status grow_chunks(halo__sink *s) {
-  if (s->n_chunks < s->capacity) return HALO_OK;
-  uint64_t *more = NULL;
-  HALO_TRY(halo__scratch((void **)&more, 2 * s->capacity, sizeof *more));
-  memcpy(more, s->chunks, (size_t)s->n_chunks * sizeof *more);
-  halo__free(s->chunks);
-  s->chunks = more;
-  s->capacity *= 2;
-  return HALO_OK;
-}
-
 static halo_status flush(halo__sink *s) {
   if (s->fill == 0) return HALO_OK;
   if (s->wants_digest) {
-    HALO_TRY(grow_chunks(s));
     s->chunks[s->n_chunks++] = XXH3_64bits(s->chunk, (size_t)s->fill);
     halo__sha256_add(&s->sha, s->chunk, (size_t)s->fill);
   }
@@ -359,6 +350,8 @@ static halo_status flush(halo__sink *s) {
 
 halo_status halo__sink_write(halo__sink *s, const void *data, int64_t n) {
   const char *from = data;
+  HALO_CHECK(n <= s->expected - s->bytes - s->fill, HALO_ESTATE, "%s: %s: more than the %lld bytes announced",
+             s->who, s->path, (long long)s->expected);
   while (n > 0) {
     const int64_t room = HALO__CHUNK - s->fill, take = n < room ? n : room;
     memcpy(s->chunk + s->fill, from, (size_t)take);
@@ -392,6 +385,8 @@ halo_status halo__sink_close(halo__sink *s, halo__digest *digest_out) {
   halo_status status = HALO_OK;
   halo__digest d = {0};
   HALO_TRY_GOTO(flush(s));
+  HALO_CHECK_GOTO(s->bytes == s->expected, HALO_ESTATE, "%s: %s: %lld bytes of the %lld announced", s->who,
+                  s->path, (long long)s->bytes, (long long)s->expected);
   HALO_CHECK_GOTO(sys_sync(s->fd, s->path) == 0, HALO_EIO, "%s: cannot sync %s: %s", s->who, s->path,
                   strerror(errno));
   struct stat now;
@@ -440,7 +435,7 @@ halo_status halo__file_verify(int64_t *bad_out, const char *who, const char *pat
   halo__sha256_init(&sha, false);
   HALO_CHECK_GOTO(in.size == d->bytes, HALO_ECORRUPT, "%s: %s has %lld bytes, not %lld", who, path,
                   (long long)in.size, (long long)d->bytes);
-  HALO_TRY_GOTO(halo__scratch((void **)&buffer, HALO__CHUNK, 1));
+  HALO_TRY_GOTO(halo__scratch((void **)&buffer, chunk_bytes(d->bytes), 1));
   HALO_TRY_GOTO(compare_chunks(&in, who, path, d, buffer, deep ? &sha : NULL, bad_out));
   if (deep) {
     char hex[65];

@@ -322,8 +322,8 @@ void halo__digest_free(halo__digest *d);
 halo_status halo__file_verify(int64_t *bad_out, const char *who, const char *path, const halo__digest *d,
                               bool deep);
 
-/* A new file written in order; see file.c for what closing proves. close and abandon free it; a
- * failed close has removed the file. `who` must outlive the sink. */
+/* A new file of exactly expected_bytes, written in order; see file.c for what closing proves. close and
+ * abandon free it; a failed close has removed the file. `who` must outlive the sink. */
 typedef struct halo__sink halo__sink;
 halo_status halo__sink_open(halo__sink **out, const char *who, const char *path,
                             int64_t expected_bytes, bool wants_digest);
