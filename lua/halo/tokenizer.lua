@@ -189,6 +189,12 @@ function Tokenizer:encode(text, o)
   return out
 end
 
+--- Ids of a text as an i32 tensor `[1,N]`, what a model takes.
+function Tokenizer:encode_tensor(text, o)
+  local ids, n = self:encode_buffer(text, o)
+  return require("halo.tensor").from_pointer(ids, { shape = { 1, n }, dtype = "i32" })
+end
+
 --- Number of ids of a text.
 function Tokenizer:count(text, o)
   local _, n = self:encode_buffer(text, o)
