@@ -60,7 +60,8 @@ describe("bench", function()
     local share = 0
     for _, row in ipairs(r.rows) do share = share + row.share end
     assert.near(1, share, 1e-9)
-    assert.is_true(r.tokens_per_second > 0 and r.peak_bytes.all > 0 and r.share > 0)
+    assert.is_true(r.tokens_per_second > 0 and r.peak_bytes.all > 0 and r.share > 0 and r.mean_share > 0)
+    assert.is_true(r.mean_share < 100 and r.bound_seconds > 0)
     assert.matches("tokens/s", tostring(r))
   end)
 end)
