@@ -110,12 +110,18 @@ static halo_status check_ranks_agree(const pass *x) {
   return halo_comm_same(halo__ring_comm(x->ring), value, "attention's plan or shape");
 }
 
-/* Tasks per key/value head in backward: enough to share eight threads, at one dq each. Not the number
- * of threads, on which a sum must not depend. */
-static int32_t backward_parts(const pass *x) {
-  const int64_t groups = x->B * x->Hk, blocks = x->plan->layout.per_rank;
-  const int64_t parts = (8 + groups - 1) / (groups > 0 ? groups : 1);
-  return (int32_t)(parts < blocks ? parts : blocks > 0 ? blocks : 1);
+/* Tasks in backward: enough for eight threads to share, first by sharing out the query heads of a
+ * key/value head (each task has a dk and dv of its own), then by sharing out keys (each has a dq). Not
+ * the number of threads, on which a sum must not depend. */
+static void backward_parts(const pass *x, int32_t *head_parts_out, int32_t *key_parts_out) {
+  enum { TASKS = 8 };
+  const int64_t groups = x->B * x->Hk > 0 ? x->B * x->Hk : 1, blocks = x->plan->layout.per_rank;
+  int64_t head_parts = (TASKS + groups - 1) / groups;
+  if (head_parts > x->H / x->Hk) head_parts = x->H / x->Hk;
+  int64_t key_parts = (TASKS + groups * head_parts - 1) / (groups * head_parts);
+  if (key_parts > blocks) key_parts = blocks > 0 ? blocks : 1;
+  *head_parts_out = (int32_t)head_parts;
+  *key_parts_out = (int32_t)key_parts;
 }
 
 static void strides_of(int64_t out[3], const halo_tensor *t) {
@@ -153,7 +159,7 @@ static halo_status pass_open(pass *x, const attention_context *c, const halo_ten
         .head_size = x->D, .block = x->plan->layout.block, .n_blocks = x->plan->layout.per_rank,
         .scale = c->scale, .q = rank_data(x, q, i), .position = tokens->position,
         .first = tokens->first, .first_stride = tokens->first_stride,
-        .pattern_of = halo__plan_pattern_of(x->plan), .n_parts = 1, .poll = halo__comm_progress,
+        .pattern_of = halo__plan_pattern_of(x->plan), .n_parts = 1, .n_head_parts = 1, .poll = halo__comm_progress,
         .poll_context = halo__ring_comm(x->ring)};
     strides_of(a->q_stride, q);
   }
@@ -467,7 +473,8 @@ static halo_status rank_lse(const pass *x, int32_t here, const halo_tensor *lse,
 static halo_status run_backward(pass *x, halo_tensor *dq, const halo_tensor *grad,
                                 const halo_tensor *out, const halo_tensor *lse) {
   const int64_t rows = x->B * x->H * x->T;
-  const int32_t parts = backward_parts(x);
+  int32_t head_parts, parts;
+  backward_parts(x, &head_parts, &parts);
   const int64_t each = rows * (x->D * parts + 2);
   HALO_TRY(halo__scratch(&x->state, x->here * each, x->acc_bytes));
   for (int32_t i = 0; i < x->here; i++) {
@@ -477,6 +484,7 @@ static halo_status run_backward(pass *x, halo_tensor *dq, const halo_tensor *gra
     char *row_delta = row_lse + rows * x->acc_bytes;
     a->dq = state;
     a->n_parts = parts;
+    a->n_head_parts = head_parts;
     a->grad = rank_data(x, grad, i);
     strides_of(a->grad_stride, grad);
     a->lse = row_lse;

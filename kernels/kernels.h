@@ -54,7 +54,8 @@ typedef struct halo_attention_queries {
   int64_t grad_stride[3];
   const void *lse, *delta; /* [B,H,T] acc; lse natural, delta = rowsum(grad * output) */
   void *dq;                /* [n_parts,B,H,T,D] acc, added to (+=) */
-  int32_t n_parts;         /* tasks that work on one key/value head in backward, each with its dq */
+  int32_t n_parts;         /* tasks that share one query head's keys in backward, each with its dq */
+  int32_t n_head_parts;    /* tasks that share the query heads of one key/value head, with its dk, dv */
   /* called now and then from thread 0, so that messages move on; may be NULL */
   void (*poll)(void *context);
   void *poll_context;

@@ -357,6 +357,7 @@ static const test_case sweep_cases[] = {
     {DENSE, 2, 45, 2, 2, 8, 4, HALO_F64, 2},   {SPARSE, 2, 61, 4, 2, 8, 4, HALO_F64, 2},
     {COLUMNS, 1, 50, 8, 1, 8, 8, HALO_F64, 2}, {DOCUMENTS, 2, 53, 2, 1, 8, 4, HALO_F64, 2},
     {MIXED, 2, 47, 4, 4, 8, 4, HALO_F64, 2},   {HOLES, 1, 59, 4, 2, 8, 4, HALO_F64, 2},
+    {DENSE, 1, 33, 8, 1, 8, 4, HALO_F64, 2},   {MIXED, 1, 37, 12, 2, 8, 4, HALO_F64, 2},
     {DENSE, 1, 9, 2, 1, 8, 4, HALO_F64, 2}, // fewer blocks than ranks
     {MIXED, 1, 1, 1, 1, 8, 4, HALO_F64, 2}, // one token
 };
