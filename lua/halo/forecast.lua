@@ -43,6 +43,13 @@ end
 local MLP_CHUNK = 4096 -- tokens, halo.job
 local LOSS_CHUNK_BYTES = 16 * 2 ^ 20 -- core/nn_loss.c
 
+-- Rows of logits at hand at once in training: core/nn_loss.c, chunk_rows.
+local function loss_rows(m, wide, tokens)
+  local bytes = math.max(LOSS_CHUNK_BYTES, m.vocab * wide * m.width / 2)
+  local most = math.min(tokens, math.max(1, math.floor(bytes / (m.vocab * wide))))
+  return math.ceil(tokens / math.ceil(tokens / most))
+end
+
 -- Activations of one step on one rank that holds `tokens` tokens, of which one sequence has `per_rank`.
 local function activation_bytes(m, b, wide, tokens, per_rank)
   local q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
@@ -52,7 +59,7 @@ local function activation_bytes(m, b, wide, tokens, per_rank)
   local attention = columns(1, m.width) + columns(2, q) + columns(2, kv) + columns(1, m.heads, wide)
   local kept = attention + columns(2, m.width) + 3 * chunks * inner + (chunks > 1 and columns(1, m.width) or 0)
   local inputs = columns(m.layers, m.width) + columns(2, m.head_dim / 2)
-  local rows = math.min(tokens, math.max(1, LOSS_CHUNK_BYTES / (m.vocab * wide)))
+  local rows = loss_rows(m, wide, tokens)
   local moments = {
     mlp = kept + columns(1, m.width) + 2 * inner,
     attention = attention + columns(2, m.width) + columns(2, q) + columns(2, kv) + columns(1, q, wide)

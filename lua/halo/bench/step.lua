@@ -93,7 +93,7 @@ local function step_once(self)
   local o, m, opt = self.o, self.model, self.optimizer
   opt:zero_grad()
   self.attend:begin {}
-  local loss = memory.tagged("activations", memory.scope, function()
+  local loss = memory.with_tag("activations", memory.scope, function()
     local run = { recompute = o.recompute }
     function run.attend(layer, q, k, v) return self.attend:attend(layer, q, k, v) end
     run.cos, run.sin = m:positions(self.positions, o.tokens)
