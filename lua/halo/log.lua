@@ -67,6 +67,7 @@ end
 
 --- What is about to run: model, ranks, stages.
 function Log:header(job)
+  self.total_tokens = job.recipe.total.tokens
   self.peak_flops = job.peak_flops
   if self.quiet then return end
   local rows = { { "stage", "context", "batch", "steps", "tokens", "attention" } }
@@ -86,9 +87,8 @@ local function percent(x) return x and ("%.1f%%"):format(100 * x) or "-" end
 
 -- The line of a record.
 local function line(self, r)
-  local elapsed, done = progress.clock() - self.started, r.step - self.first_step + 1
-  local eta = done > 0 and elapsed / done * (self.total_steps - r.step) or 0
-  if self.ahead then eta = self.ahead(r.step) end
+  -- Tokens to go at the pace of the last steps: stages differ in steps but little in tokens per second.
+  local eta = self.total_tokens and (self.total_tokens - r.tokens) / self.pace or 0
   local parts = {
     ("step %d/%d %.0f%%"):format(r.step, self.total_steps, 100 * r.step / self.total_steps),
     ("loss %.4f%s"):format(r.loss, r.z and (" (z %+.1f)"):format(r.z) or ""),
@@ -118,6 +118,7 @@ end
 -- seconds in a file, and whenever the recipe's `log` action says so.
 function Log:step(r)
   self.first_step = self.first_step or r.step
+  self.pace = self.pace and 0.9 * self.pace + 0.1 * r.tok_s or r.tok_s
   r.kind = "step"
   if self.peak_flops then r.mfu = r.flops / r.dt / self.peak_flops end
   append(self, r)
