@@ -17,10 +17,12 @@ local data = require "halo.data"
 local errors = require "halo.errors"
 local halo_ffi = require "halo.ffi"
 local model = require "halo.model"
+local ops = require "halo.ops"
 local optim = require "halo.optim"
 local progress = require "halo.progress"
 local rate = require "halo.schedule"
 local memory = require "halo.memory"
+local tensor = require "halo.tensor"
 local tokenizer = require "halo.tokenizer"
 
 local C = halo_ffi.C
@@ -81,6 +83,23 @@ local function lay_out_stages(recipe)
   return stages
 end
 
+-- Flops per second that matrix products of this model reach here, on all processes at once: what `mfu`
+-- is a share of. The best of a few, some milliseconds in all.
+local function product_rate(self)
+  local c, rows = self.model.config, 512
+  return autograd.no_grad(memory.scope, function()
+    local x = tensor.zeros { shape = { rows, c.width }, dtype = self.model.dtype }
+    local w = tensor.zeros { shape = { c.ffn, c.width }, dtype = self.model.dtype }
+    local best = math.huge
+    for _ = 1, 8 do
+      local started = progress.clock()
+      ops.linear(x, w, nil)
+      best = math.min(best, progress.clock() - started)
+    end
+    return self.comm:all_reduce({ 2 * rows * c.width * c.ffn / best })[1]
+  end)
+end
+
 --- Build a job.
 -- @tparam table recipe resolved (halo.recipe)
 -- @tparam[opt] table o `comm` (a communicator to use), `virtual_ranks` (run a ring of cp ranks inside this
@@ -103,6 +122,7 @@ function M.new(recipe, o)
   self.data = data.open(recipe.data, { tokenizer = self.tokenizer, seed = recipe.seed, stages = recipe.stages,
     comm = self.comm })
   self.comm:same(self:weights_hash(), "initial weights")
+  self.peak_flops = product_rate(self)
   return self
 end
 
@@ -174,7 +194,9 @@ function Job:validation_batch(rows, first) return self.data:validation_batch(sel
 -- Forward and backward of one micro-batch; returns the sum of losses and the number of labels here, both
 -- weighted where the data weighs its labels.
 function Job:micro_step(step, micro)
+  local asked = progress.clock()
   local batch = self:batch(step, micro)
+  self.data_seconds = self.data_seconds + progress.clock() - asked
   self.attending:begin { documents = batch.documents, step = step }
   return memory.scope(function()
     local loss, count = self.model:loss(batch.ids, batch.labels, self:run_of(batch))
@@ -201,7 +223,8 @@ function Job:step()
   self.comm:reset_timer()
   if self.hooks.before_step then self.hooks.before_step(step) end
   self.optim:zero_grad()
-  local sum, labels, data_s = 0, 0, 0
+  local sum, labels = 0, 0
+  self.data_seconds = 0
   local summary
   for micro = 1, s.accumulate do
     local l, n = self:micro_step(step, micro)
@@ -219,7 +242,7 @@ function Job:step()
   local norm = self.optim:grad_norm()
   local record = {
     step = step, steps = self.total_steps, stage = s.index, context = s.context, loss = loss, gnorm = norm / labels,
-    lr = self:rate_of(step), labels = labels, data_s = data_s,
+    lr = self:rate_of(step), labels = labels, data_s = self.data_seconds,
     density = summary.density, recall = summary.recall, balance = summary.balance, critical = summary.critical,
   }
   local verdict = self.hooks.judge and self.hooks.judge(record) or "go"
