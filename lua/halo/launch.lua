@@ -70,7 +70,9 @@ end
 -- @tparam table argv the program and its words
 -- @tparam[opt] boolean no_input mpirun leaves standard input alone
 function M.command(n, argv, no_input)
-  local words = { "mpirun", "-n", tostring(n), "--oversubscribe", "--bind-to", "none", "--quiet" }
+  local words = { "mpirun", "-n", tostring(n), "--oversubscribe", "--bind-to", "none", "--quiet",
+    -- SIGTERM asks ranks to save and leave; Open MPI would kill them a second later.
+    "--mca", "odls_base_sigkill_timeout", "600" }
   if no_input then words[#words + 1], words[#words + 2] = "--stdin", "none" end
   if process.is_root() then words[#words + 1] = "--allow-run-as-root" end
   for _, word in ipairs(argv) do words[#words + 1] = word end
