@@ -36,7 +36,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { EXIT_INTERNAL = 70, HISTORY_LINES = 2000 };
+enum { EXIT_ENVIRONMENT = 3, EXIT_INTERNAL = 70, HISTORY_LINES = 2000 };
 enum { RUN_NO, RUN_STOPPABLE, RUN_TOGETHER };
 
 /* One session per process, as signal handlers and libedit's callbacks want. */
@@ -325,14 +325,22 @@ static void push_lua_tree(lua_State *L, const char *dir) {
   lua_pushstring(L, HALO_SOURCE_DIR "/lua");
 }
 
-static void set_package_path(lua_State *L, const char *dir) {
+/* False when the tree is not there. */
+static int set_package_path(lua_State *L, const char *dir) {
   push_lua_tree(L, dir);
   const char *tree = lua_tostring(L, -1);
+  const char *probe = lua_pushfstring(L, "%s/halo/init.lua", tree);
+  if (access(probe, R_OK) != 0) {
+    fprintf(stderr, "halo: no Lua files at %s; set HALO_LUA to the folder that holds halo/\n", tree);
+    return 0;
+  }
+  lua_pop(L, 1);
   lua_getglobal(L, "package");
   lua_getfield(L, -1, "path");
   lua_pushfstring(L, "%s/?.lua;%s/?/init.lua;%s", tree, tree, lua_tostring(L, -1));
   lua_setfield(L, -3, "path");
   lua_settop(L, 0);
+  return 1;
 }
 
 static void set_host_table(lua_State *L, const char *exe, const char *dir) {
@@ -364,7 +372,10 @@ int main(int argc, char **argv) {
     return EXIT_INTERNAL;
   }
   luaL_openlibs(L);
-  set_package_path(L, dir);
+  if (!set_package_path(L, dir)) {
+    lua_close(L);
+    return EXIT_ENVIRONMENT;
+  }
   set_host_table(L, exe, dir);
   lua_createtable(L, argc, 0);
   for (int i = 0; i < argc; i++) {

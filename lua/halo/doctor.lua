@@ -191,13 +191,19 @@ end
 local order = { "program", "library", "system", "processor", "memory", "threads", "blas", "mpi", "cuda", "packages",
   "folder" }
 
+-- Without the library these have nothing to look at.
+local needs_library = { threads = true, blas = true, cuda = true }
+
 --- Run all checks. A check that raises has failed.
 -- @treturn table list of { name, status, text, fix }
 function M.run()
-  local out = {}
-  for i, name in ipairs(order) do
-    local fine, result = pcall(checks[name])
-    out[i] = fine and result or fail(name, tostring(result), "tools/install-deps && tools/build")
+  local out, has_library = {}, true
+  for _, name in ipairs(order) do
+    if has_library or not needs_library[name] then
+      local fine, result = pcall(checks[name])
+      out[#out + 1] = fine and result or fail(name, tostring(result), "tools/install-deps && tools/build")
+      if name == "library" then has_library = fine end
+    end
   end
   return out
 end

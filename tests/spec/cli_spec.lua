@@ -85,6 +85,33 @@ describe("halo", function()
     complains("cannot read /no/such.lua", { "exec", "/no/such.lua" })
   end)
 
+  it("says what is missing on this machine, with exit code 3", function()
+    process.setenv("HALO_LUA", "/no/such/tree")
+    local code, _, err = run { "version" }
+    process.unsetenv "HALO_LUA"
+    assert.equal(3, code)
+    has("no Lua files at /no/such/tree", err)
+    local old = os.getenv "HALO_LIB"
+    process.setenv("HALO_LIB", "/no/such/library.so")
+    local doctor_code, out = run { "doctor" }
+    if old then process.setenv("HALO_LIB", old) else process.unsetenv "HALO_LIB" end
+    assert.equal(3, doctor_code)
+    has("FAIL library", out)
+    has("fix: ", out)
+  end)
+
+  it("tells memory from data by the exit code", function()
+    fs.write(dir .. "/oom.lua", "halo.tensor.zeros { 100000, 100000, 1000 }")
+    local code, _, err = run { "exec", dir .. "/oom.lua" }
+    assert.equal(4, code)
+    has("out of memory", err)
+    fs.mkdir(dir .. "/broken")
+    fs.write(dir .. "/broken/config.json", "{")
+    code, _, err = run { "inspect", dir .. "/broken" }
+    assert.equal(5, code)
+    has("config.json is not valid JSON", err)
+  end)
+
   it("has help for words, groups, functions, ops and topics", function()
     has("length of a sequence", select(2, run { "help", "stage" }))
     has("yarn", select(2, run { "help", "rope" }))

@@ -395,3 +395,29 @@ describe("the schema", function()
     assert.has_error(function() value.to = "far" end)
   end)
 end)
+
+describe("README", function()
+  it("shows recipes that are valid", function()
+    local text = assert(fs.read(require("tests.helper").root .. "README.md"))
+    local count = 0
+    for block in text:gmatch "```lua\n(.-)```" do
+      if block:find "recipe \"" then
+        count = count + 1
+        recipe.resolve(recipe.load_text(block, "README.md"))
+      end
+    end
+    assert.is_true(count > 0)
+  end)
+
+  it("names verbs that exist", function()
+    local text = assert(fs.read(require("tests.helper").root .. "README.md"))
+    local verbs = {}
+    for _, verb in ipairs(require("halo.cli").verbs()) do verbs[verb.name] = true end
+    local count = 0
+    for name in text:gmatch "`halo ([%a]+)" do
+      count = count + 1
+      assert.is_true(verbs[name], name)
+    end
+    assert.is_true(count > 5)
+  end)
+end)

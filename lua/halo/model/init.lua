@@ -68,7 +68,7 @@ function M.read_config(dir)
   local path = dir .. "/config.json"
   local text = fs.read(path)
   if not text then fail("data", "%s cannot be read; is %s a Hugging Face model folder?", path, dir) end
-  local h = json.decode(text)
+  local h = json.decode(text, { what = path })
   local family
   for _, name in ipairs(M.families()) do
     if name == h.model_type then family = M.family(name) end
