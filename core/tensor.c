@@ -295,6 +295,7 @@ halo_status halo_tensor_copy(halo_tensor *dst, const halo_tensor *src) {
     return k->convert(halo__data(dst), dst->dtype, halo__data(src), src->dtype, n);
   }
   if (dst_dense && dst->dtype == src->dtype) return pack(halo__data(dst), src);
+  if (src_dense && dst->dtype == src->dtype) return halo_tensor_write(dst, halo__data(src));
   // The general case: pack, convert, unpack.
   void *packed = NULL, *converted = NULL;
   halo_status status = halo__alloc(&packed, n * dtypes[src->dtype].bytes, HALO_CPU);

@@ -10,6 +10,7 @@ end
 require "halo"
 require "halo.ffi"
 require "halo.ops" -- and halo.tensor, whose metatype can be set once per process
+require "halo.autograd" -- holds the functions that backward runs again
 
 local M = {}
 

@@ -6,6 +6,7 @@
  */
 #define HALO_EACH_REAL_FILE "cpu/copy.c"
 #ifndef HALO_REAL_PASS
+#include "cpu/bits.h"
 #include "cpu/each_real.h"
 
 static int64_t saturate(double v, double lo, double hi, int64_t ilo, int64_t ihi) {
@@ -121,46 +122,159 @@ static int32_t merge_dims(int32_t ndim, const int64_t *shape, const int64_t *str
   return m;
 }
 
-/* Copy one row of n elements; the four element sizes get their own loop. */
-static void copy_row(char *y, int64_t y_step, const char *x, int64_t x_step, int64_t n,
-                     int64_t bytes) {
-  if (y_step == bytes && x_step == bytes) {
-    memcpy(y, x, (size_t)(n * bytes));
-    return;
+/* y_i = x_i for n elements that are steps (in elements) apart, by element size (only that
+ * matters, see bits.h). */
+static void copy_1(bits_8 *restrict y, int64_t dy, const bits_8 *restrict x, int64_t dx, int64_t n) {
+  if (dx == 0) {
+    const bits_8 v = x[0];
+    for (int64_t i = 0; i < n; i++) y[i * dy] = v;
+  } else {
+    for (int64_t i = 0; i < n; i++) y[i * dy] = x[i * dx];
   }
-  for (int64_t i = 0; i < n; i++) {
-    switch (bytes) {
-    case 1: *y = *x; break;
-    case 2: memcpy(y, x, 2); break;
-    case 4: memcpy(y, x, 4); break;
-    default: memcpy(y, x, 8); break;
-    }
-    y += y_step;
-    x += x_step;
+}
+static void copy_2(bits_16 *restrict y, int64_t dy, const bits_16 *restrict x, int64_t dx,
+                   int64_t n) {
+  if (dx == 0) {
+    const bits_16 v = x[0];
+    for (int64_t i = 0; i < n; i++) y[i * dy] = v;
+  } else {
+    for (int64_t i = 0; i < n; i++) y[i * dy] = x[i * dx];
+  }
+}
+static void copy_4(bits_32 *restrict y, int64_t dy, const bits_32 *restrict x, int64_t dx,
+                   int64_t n) {
+  if (dx == 0) {
+    const bits_32 v = x[0];
+    for (int64_t i = 0; i < n; i++) y[i * dy] = v;
+  } else {
+    for (int64_t i = 0; i < n; i++) y[i * dy] = x[i * dx];
+  }
+}
+static void copy_8(bits_64 *restrict y, int64_t dy, const bits_64 *restrict x, int64_t dx,
+                   int64_t n) {
+  if (dx == 0) {
+    const bits_64 v = x[0];
+    for (int64_t i = 0; i < n; i++) y[i * dy] = v;
+  } else {
+    for (int64_t i = 0; i < n; i++) y[i * dy] = x[i * dx];
   }
 }
 
-/* Both directions walk the strided side; `strided` says which one it is. */
+/* Copy one row of n elements; steps in elements. */
+static void copy_row(void *y, int64_t y_step, const void *x, int64_t x_step, int64_t n,
+                     int64_t bytes) {
+  if (y_step == 1 && x_step == 1) {
+    memcpy(y, x, (size_t)(n * bytes));
+    return;
+  }
+  switch (bytes) {
+  case 1: copy_1(y, y_step, x, x_step, n); break;
+  case 2: copy_2(y, y_step, x, x_step, n); break;
+  case 4: copy_4(y, y_step, x, x_step, n); break;
+  default: copy_8(y, y_step, x, x_step, n); break;
+  }
+}
+
+/* A strided side and its dense image, dims merged. */
+typedef struct walk {
+  char *dense, *strided;
+  bool to_dense;
+  int64_t bytes;
+  int32_t ndim;
+  int64_t shape[HALO_MAX_DIMS], stride[HALO_MAX_DIMS], dense_stride[HALO_MAX_DIMS];
+} walk;
+
+/* n elements along dim d from element offsets on both sides. */
+static void copy_along(const walk *w, int32_t d, int64_t dense, int64_t strided, int64_t n) {
+  void *a = w->dense + dense * w->bytes, *b = w->strided + strided * w->bytes;
+  if (w->to_dense) {
+    copy_row(a, w->dense_stride[d], b, w->stride[d], n, w->bytes);
+  } else {
+    copy_row(b, w->stride[d], a, w->dense_stride[d], n, w->bytes);
+  }
+}
+
+/* Offsets of flat index `rest` over all dims but the last and `skip`. */
+static void outer_offsets(const walk *w, int32_t skip, int64_t rest, int64_t *dense,
+                          int64_t *strided) {
+  *dense = *strided = 0;
+  for (int32_t d = w->ndim - 2; d >= 0; d--) {
+    if (d == skip) continue;
+    *dense += rest % w->shape[d] * w->dense_stride[d];
+    *strided += rest % w->shape[d] * w->stride[d];
+    rest /= w->shape[d];
+  }
+}
+
+/* Edge of the squares in which a transpose is done: 16 floats are a cache line. A square goes through a
+ * buffer, so that each line of either side is touched once, whatever power of two the strides are. */
+enum { SQUARE = 16 };
+
+/* One square of rows x cols: row r of `from` is `from_step` elements further on and becomes column r of
+ * `to`, whose rows are `to_step` apart. */
+static void transpose_square(char *to, int64_t to_step, const char *from, int64_t from_step,
+                             int64_t rows, int64_t cols, int64_t bytes) {
+  uint64_t buffer[SQUARE * SQUARE];
+  for (int64_t r = 0; r < rows; r++) {
+    memcpy((char *)buffer + r * SQUARE * bytes, from + r * from_step * bytes,
+           (size_t)(cols * bytes));
+  }
+  for (int64_t c = 0; c < cols; c++) {
+    copy_row(to + c * to_step * bytes, 1, (char *)buffer + c * bytes, SQUARE, rows, bytes);
+  }
+}
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The strided side is contiguous along dim q instead of the last one. */
+static void transposed_copy(const walk *w, int32_t q) {
+  const int32_t last = w->ndim - 1;
+  const int64_t n_q = w->shape[q], n = w->shape[last], blocks = (n_q + SQUARE - 1) / SQUARE;
+  int64_t outer = 1;
+  for (int32_t d = 0; d < last; d++) outer *= d == q ? 1 : w->shape[d];
+#pragma omp parallel for if (outer * n_q * n > 65536)
+  for (int64_t k = 0; k < outer * blocks; k++) {
+    int64_t dense, strided;
+    outer_offsets(w, q, k / blocks, &dense, &strided);
+    const int64_t first = k % blocks * SQUARE, length = min64(n_q - first, SQUARE);
+    char *a = w->dense + (dense + first * w->dense_stride[q]) * w->bytes;
+    char *b = w->strided + (strided + first) * w->bytes;
+    for (int64_t i = 0; i < n; i += SQUARE) {
+      char *to = a + i * w->bytes, *from = b + i * w->stride[last] * w->bytes;
+      const int64_t width = min64(n - i, SQUARE);
+      if (w->to_dense) {
+        transpose_square(to, w->dense_stride[q], from, w->stride[last], width, length, w->bytes);
+      } else {
+        transpose_square(from, w->stride[last], to, w->dense_stride[q], length, width, w->bytes);
+      }
+    }
+  }
+}
+
+/* Both directions walk the strided side; `to_dense` says where to. */
 static void strided_copy(char *dense, char *strided, bool to_dense, int64_t bytes, int32_t ndim,
                          const int64_t *shape, const int64_t *stride) {
-  int64_t s[HALO_MAX_DIMS], d[HALO_MAX_DIMS];
-  const int32_t m = merge_dims(ndim, shape, stride, s, d);
-  const int64_t inner = s[m - 1], inner_step = d[m - 1] * bytes;
-  int64_t rows = 1;
-  for (int32_t i = 0; i < m - 1; i++) rows *= s[i];
+  walk w = {.dense = dense, .strided = strided, .to_dense = to_dense, .bytes = bytes};
+  w.ndim = merge_dims(ndim, shape, stride, w.shape, w.stride);
+  const int32_t last = w.ndim - 1;
+  int64_t step = 1, rows = 1;
+  for (int32_t d = last; d >= 0; d--) {
+    w.dense_stride[d] = step;
+    step *= w.shape[d];
+    if (d < last) rows *= w.shape[d];
+  }
+  const int64_t inner = w.shape[last];
+  for (int32_t q = 0; q < last; q++) {
+    if (w.stride[q] == 1 && w.stride[last] != 1 && inner >= SQUARE && w.shape[q] >= SQUARE) {
+      transposed_copy(&w, q);
+      return;
+    }
+  }
 #pragma omp parallel for if (rows * inner > 65536)
   for (int64_t row = 0; row < rows; row++) {
-    int64_t rest = row, offset = 0;
-    for (int32_t i = m - 2; i >= 0; i--) {
-      offset += rest % s[i] * d[i];
-      rest /= s[i];
-    }
-    char *a = dense + row * inner * bytes, *b = strided + offset * bytes;
-    if (to_dense) {
-      copy_row(a, bytes, b, inner_step, inner, bytes);
-    } else {
-      copy_row(b, inner_step, a, bytes, inner, bytes);
-    }
+    int64_t from, to;
+    outer_offsets(&w, -1, row, &from, &to);
+    copy_along(&w, last, from, to, inner);
   }
 }
 

@@ -12,7 +12,7 @@
  *   #endif
  *
  * `acc` is float, double or int64_t; IS_REAL is 1 for the first two, which also have the functions in
- * capitals of elementwise.def; IS_NAN is 0 for integers. fp32 EXP and SIGMOID are the vectorised ones of vmath.h.
+ * capitals of elementwise.def; IS_NAN is 0 for integers. fp32 EXP, SIGMOID and TANH are the vectorised ones of vmath.h.
  */
 #include <math.h>
 #include <stdint.h>
@@ -26,6 +26,7 @@
 #define HALO_ARITHMETIC_PASS
 #define EXP(x) HALO__EXP(x)
 #define SIGMOID(x) HALO__SIGMOID(x)
+#define TANH(x) HALO__TANH(x)
 #define IS_REAL 1
 #define IS_NAN(x) ((x) != (x))
 
@@ -34,7 +35,6 @@
 #define LOG(x) logf(x)
 #define LOG1P(x) log1pf(x)
 #define SQRT(x) sqrtf(x)
-#define TANH(x) tanhf(x)
 #define ERF(x) erff(x)
 #define SIN(x) sinf(x)
 #define COS(x) cosf(x)
@@ -48,7 +48,6 @@
 #undef LOG
 #undef LOG1P
 #undef SQRT
-#undef TANH
 #undef ERF
 #undef SIN
 #undef COS
@@ -62,7 +61,6 @@
 #define LOG(x) log(x)
 #define LOG1P(x) log1p(x)
 #define SQRT(x) sqrt(x)
-#define TANH(x) tanh(x)
 #define ERF(x) erf(x)
 #define SIN(x) sin(x)
 #define COS(x) cos(x)
@@ -76,7 +74,6 @@
 #undef LOG
 #undef LOG1P
 #undef SQRT
-#undef TANH
 #undef ERF
 #undef SIN
 #undef COS
@@ -100,3 +97,4 @@
 #undef HALO_ARITHMETIC_PASS
 #undef EXP
 #undef SIGMOID
+#undef TANH

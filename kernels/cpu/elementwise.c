@@ -11,6 +11,7 @@
 
 #define HALO_EACH_ARITHMETIC_FILE "cpu/elementwise.c"
 #ifndef HALO_ARITHMETIC_PASS
+#include "cpu/bits.h"
 #include "cpu/strides.h"
 #include "elementwise.h"
 
@@ -158,19 +159,19 @@ halo_status halo_cpu_compare(halo_dtype t, int32_t kind, uint8_t *y, const void 
 }
 
 /* One row of y = c ? a : b; only the size of an element matters. */
-static void where_1(uint8_t *restrict y, const uint8_t *c, const uint8_t *a, const uint8_t *b,
+static void where_1(bits_8 *restrict y, const uint8_t *c, const bits_8 *a, const bits_8 *b,
                     const int64_t *step, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = c[i * step[0]] ? a[i * step[1]] : b[i * step[2]];
 }
-static void where_2(uint16_t *restrict y, const uint8_t *c, const uint16_t *a, const uint16_t *b,
+static void where_2(bits_16 *restrict y, const uint8_t *c, const bits_16 *a, const bits_16 *b,
                     const int64_t *step, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = c[i * step[0]] ? a[i * step[1]] : b[i * step[2]];
 }
-static void where_4(uint32_t *restrict y, const uint8_t *c, const uint32_t *a, const uint32_t *b,
+static void where_4(bits_32 *restrict y, const uint8_t *c, const bits_32 *a, const bits_32 *b,
                     const int64_t *step, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = c[i * step[0]] ? a[i * step[1]] : b[i * step[2]];
 }
-static void where_8(uint64_t *restrict y, const uint8_t *c, const uint64_t *a, const uint64_t *b,
+static void where_8(bits_64 *restrict y, const uint8_t *c, const bits_64 *a, const bits_64 *b,
                     const int64_t *step, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = c[i * step[0]] ? a[i * step[1]] : b[i * step[2]];
 }

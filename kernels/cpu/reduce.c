@@ -20,7 +20,7 @@
 #include "cpu/fibres.h"
 
 /* Rows of a partial sum: one row of elements when inner = 1, else `inner` columns at once. */
-enum { ROW_BLOCK = 8 * TILE, COLUMN_BLOCK = 256 };
+enum { ROW_BLOCK = 8 * TILE, COLUMN_BLOCK = 256, LANE_ROWS = 16 };
 
 /* A partial sum is a double or an int64_t. */
 typedef union partial {
@@ -94,24 +94,55 @@ halo_status halo_cpu_sum(halo_dtype t, void *y, const void *x, int64_t outer, in
   return HALO_OK;
 }
 
+/* Fibres (o, :, first .. first+m) that lie side by side. */
+static void extreme_columns(halo_dtype t, bool is_max, void *y, int64_t *index, const void *x,
+                            int64_t n, int64_t inner, int64_t m) {
+  tile buffer, best;
+  int64_t at[TILE];
+  for (int64_t j = 0; j < n; j++) {
+    const void *row = tile_load(&buffer, t, x, j * inner, 1, m);
+    switch (arithmetic_of(t)) {
+    case IN_F32: extreme_columns_f32(best.f32, at, row, j, m, is_max); break;
+    case IN_F64: extreme_columns_f64(best.f64, at, row, j, m, is_max); break;
+    case IN_I64: extreme_columns_i64(best.i64, at, row, j, m, is_max); break;
+    }
+  }
+  if (y != NULL) narrow(y, t, 1, &best, m);
+  if (index != NULL) memcpy(index, at, (size_t)m * sizeof *at);
+}
+
+/* One contiguous fibre. */
+static void extreme_row(halo_dtype t, bool is_max, void *y, int64_t *index, const void *x,
+                        int64_t n) {
+  tile buffer, best;
+  int64_t at = -1;
+  for (int64_t j = 0; j < n; j += TILE) {
+    const int64_t m = tile_length(n, j);
+    const void *run = tile_load(&buffer, t, x, j, 1, m);
+    switch (arithmetic_of(t)) {
+    case IN_F32: extreme_run_f32(best.f32, &at, run, j, m, is_max); break;
+    case IN_F64: extreme_run_f64(best.f64, &at, run, j, m, is_max); break;
+    case IN_I64: extreme_run_i64(best.i64, &at, run, j, m, is_max); break;
+    }
+  }
+  if (y != NULL) narrow(y, t, 1, &best, 1);
+  if (index != NULL) *index = at;
+}
+
 halo_status halo_cpu_extreme(halo_dtype t, int32_t is_max, void *y, int64_t *index, const void *x,
                              int64_t outer, int64_t n, int64_t inner) {
+  const int64_t columns = tile_count(inner);
 #pragma omp parallel for schedule(static) if (outer * n * inner >= PARALLEL_MIN)
-  for (int64_t f = 0; f < outer * inner; f++) {
-    const int64_t first = f / inner * n * inner + f % inner;
-    tile buffer, best;
-    int64_t at = -1;
-    for (int64_t j = 0; j < n; j += TILE) {
-      const int64_t m = tile_length(n, j);
-      const void *run = tile_load(&buffer, t, x, first + j * inner, inner, m);
-      switch (arithmetic_of(t)) {
-      case IN_F32: extreme_f32(&best.f32[0], &at, run, j, m, is_max); break;
-      case IN_F64: extreme_f64(&best.f64[0], &at, run, j, m, is_max); break;
-      case IN_I64: extreme_i64(&best.i64[0], &at, run, j, m, is_max); break;
-      }
+  for (int64_t k = 0; k < outer * columns; k++) {
+    const int64_t o = k / columns, c = k % columns * TILE, to = o * inner + c;
+    const void *from = element_at(t, x, o * n * inner + c);
+    void *value = y != NULL ? element_at(t, y, to) : NULL;
+    int64_t *place = index != NULL ? index + to : NULL;
+    if (inner == 1) {
+      extreme_row(t, is_max, value, place, from, n);
+    } else {
+      extreme_columns(t, is_max, value, place, from, n, inner, tile_length(inner, c));
     }
-    if (y != NULL) narrow(element_at(t, y, f), t, 1, &best, 1);
-    if (index != NULL) index[f] = at;
   }
   return HALO_OK;
 }
@@ -184,26 +215,60 @@ static void ACC(sum_row)(partial *p, halo_dtype t, const void *x, int64_t first,
   p->FIELD = sum;
 }
 
-/* p[0..m) <- sums down `rows` rows that are `inner` elements apart. */
+/* p[0..m) <- sums down `rows` rows that are `inner` elements apart, LANE_ROWS of them at a time in the
+ * arithmetic type. */
 static void ACC(sum_columns)(partial *restrict p, halo_dtype t, const void *x, int64_t first,
                              int64_t rows, int64_t inner, int64_t m) {
   tile buffer;
+  acc lanes[TILE];
   for (int64_t c = 0; c < m; c++) p[c].FIELD = 0;
-  for (int64_t j = 0; j < rows; j++) {
-    const acc *row = tile_load(&buffer, t, x, first + j * inner, 1, m);
-    for (int64_t c = 0; c < m; c++) p[c].FIELD += row[c];
+  for (int64_t j = 0; j < rows;) {
+    const int64_t end = j + LANE_ROWS < rows ? j + LANE_ROWS : rows;
+    for (int64_t c = 0; c < m; c++) lanes[c] = 0;
+    for (; j < end; j++) {
+      const acc *row = tile_load(&buffer, t, x, first + j * inner, 1, m);
+      for (int64_t c = 0; c < m; c++) lanes[c] += row[c];
+    }
+    for (int64_t c = 0; c < m; c++) p[c].FIELD += lanes[c];
   }
 }
 
-/* Go on with a run that starts at index j; *at < 0 before the first. */
-static void ACC(extreme)(acc *best, int64_t *at, const acc *x, int64_t j, int64_t n,
-                         int32_t is_max) {
+/* Go on with row j of fibres side by side. */
+static void ACC(extreme_columns)(acc *restrict best, int64_t *restrict at, const acc *restrict x,
+                                 int64_t j, int64_t m, bool is_max) {
+  for (int64_t c = 0; c < m; c++) {
+    const bool is_better = is_max ? x[c] > best[c] : x[c] < best[c];
+    const bool takes = j == 0 || (!IS_NAN(best[c]) && (is_better || IS_NAN(x[c])));
+    best[c] = takes ? x[c] : best[c];
+    at[c] = takes ? j : at[c];
+  }
+}
+
+/* Go on with a run that starts at index j; *at < 0 before the first. A first pass only asks, in a way
+ * that vectorises, whether the run has anything better or a NaN; most have not. */
+static void ACC(extreme_run)(acc *best, int64_t *at, const acc *x, int64_t j, int64_t n,
+                             bool is_max) {
+  if (*at < 0) {
+    *best = x[0];
+    *at = j;
+  }
+  if (IS_NAN(*best)) return;
+  acc winner = *best;
+  int32_t n_nan = 0;
+  if (is_max) {
+#pragma omp simd reduction(max : winner)
+    for (int64_t i = 0; i < n; i++) winner = x[i] > winner ? x[i] : winner;
+  } else {
+#pragma omp simd reduction(min : winner)
+    for (int64_t i = 0; i < n; i++) winner = x[i] < winner ? x[i] : winner;
+  }
+  for (int64_t i = 0; i < n; i++) n_nan += IS_NAN(x[i]);
+  if (n_nan == 0 && winner == *best) return;
   for (int64_t i = 0; i < n; i++) {
-    if (*at >= 0 && IS_NAN(*best)) return;
-    const bool is_better = is_max ? x[i] > *best : x[i] < *best;
-    if (*at < 0 || is_better || IS_NAN(x[i])) {
+    if (n_nan > 0 ? IS_NAN(x[i]) : x[i] == winner) {
       *best = x[i];
       *at = j + i;
+      return;
     }
   }
 }

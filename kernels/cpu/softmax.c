@@ -50,6 +50,7 @@ halo_status halo_cpu_logsumexp_bwd(halo_dtype t, void *dx, const void *dy, const
 
 static acc ACC(maximum_of)(const acc *x, int64_t n) {
   acc m = -INFINITY;
+#pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < n; j++) m = x[j] > m ? x[j] : m;
   return m;
 }
