@@ -42,6 +42,15 @@ typedef struct header {
 
 static_assert(sizeof(header) <= HEADER_BYTES, "header fits its slot");
 
+/* Under AddressSanitizer, as gcc and clang say it. */
+#if defined(__SANITIZE_ADDRESS__)
+#define WATCHED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define WATCHED 1
+#endif
+#endif
+
 #define MAGIC_LIVE 0x48414c4fu
 #define MAGIC_FREE 0x46524545u
 
@@ -83,6 +92,9 @@ static int32_t class_of(int64_t bytes, int64_t *class_bytes) {
     *class_bytes = base + sub * step;
   }
   const int32_t index = (shift - MIN_SHIFT) * SUBCLASSES + (int32_t)sub;
+#if WATCHED
+  *class_bytes = bytes; // no slack: a byte too far is a report
+#endif
   return index < CLASS_COUNT ? index : -1;
 }
 
@@ -175,7 +187,7 @@ void halo__free(void *p) {
   pthread_mutex_lock(&lock);
   count(h->device, h->tag, -h->bytes);
   h->magic = MAGIC_FREE;
-#if defined(__SANITIZE_ADDRESS__)
+#if WATCHED
   free(h); // a cached block would hide a use after free
 #else
   h->next = free_list[h->class_index];

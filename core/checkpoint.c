@@ -20,6 +20,7 @@
  *   5  rename(tmp, step-N) and fsync(DIR): the commit. Before it nothing is there, after it all is
  *   6  LATEST, then pruning, which first renames a folder out of sight and only then empties it
  *
+ * Saving is synchronous: nothing changes the tensors meanwhile, so they are not copied first.
  * A step that is there already is exchanged in one system call, so there is no moment without it.
  * Optimizer state is cut evenly over the ranks that write it and named by parameter and element, so
  * any number of ranks can read it back; the same state gives the same bytes.

@@ -200,7 +200,9 @@ halo_status halo__input_open(halo__input *out, const char *who, const char *path
   const int fd = open(path, flags);
   if (fd < 0) {
     HALO_CHECK(errno != ELOOP, HALO_EARG, "%s: %s is a symbolic link%s", who, path,
-               follow_links ? " that leads nowhere" : ", and links are not followed here");
+               follow_links ? " that leads nowhere"
+                            : "; links are not followed here: copy the folder with `cp -rL`, or allow them "
+                              "(follow_links)");
     HALO_CHECK(errno != ENXIO, HALO_EARG, "%s: %s is not a regular file", who, path);
     return halo__error(HALO_EIO, "%s: cannot open %s: %s", who, path, strerror(errno));
   }

@@ -3,7 +3,8 @@
  * Three things share this file because they share the clock and the rule "cheap enough to leave on":
  *
  *   totals    per name: calls, time with and without what was called inside, bytes, flops. A span is
- *             two clock reads (about 25 ns each on x86-64) and a few relaxed atomic adds.
+ *             two clock reads and a few relaxed atomic adds: 76 ns, and 5 ns when off (one core of a
+ *             2.5 GHz Xeon, minimum over 3000 runs of 1000 spans)
  *   events    the same spans one by one, kept only between halo_trace_record and _stop, written as
  *             Chrome trace JSON (chrome://tracing, Perfetto).
  *   flight    a ring of the last 4096 collectives with sequence number, size, peer and times. Written
