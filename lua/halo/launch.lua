@@ -66,13 +66,13 @@ function M.abort(code)
 end
 
 --- Command that starts `argv` on n ranks of this machine.
+-- Open MPI's second between SIGTERM and SIGKILL stays as it is: when a rank dies the others wait for it in
+-- a collective, deaf to SIGTERM, and must go. Requests to save reach ranks as SIGUSR1 (lua/host.c).
 -- @tparam int n ranks
 -- @tparam table argv the program and its words
 -- @tparam[opt] boolean no_input mpirun leaves standard input alone
 function M.command(n, argv, no_input)
-  local words = { "mpirun", "-n", tostring(n), "--oversubscribe", "--bind-to", "none", "--quiet",
-    -- SIGTERM asks ranks to save and leave; Open MPI would kill them a second later.
-    "--mca", "odls_base_sigkill_timeout", "600" }
+  local words = { "mpirun", "-n", tostring(n), "--oversubscribe", "--bind-to", "none", "--quiet" }
   if no_input then words[#words + 1], words[#words + 2] = "--stdin", "none" end
   if process.is_root() then words[#words + 1] = "--allow-run-as-root" end
   for _, word in ipairs(argv) do words[#words + 1] = word end
