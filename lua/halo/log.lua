@@ -142,6 +142,10 @@ function Log:step(r)
   flush(self)
 end
 
+--- Hand everything to the system. Before a checkpoint: a run resumed from it does not write these steps
+-- again.
+function Log:flush() flush(self, true) end
+
 --- Record something that is not a step: `kind` names it.
 function Log:event(e)
   e.time = os.time()

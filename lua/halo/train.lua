@@ -70,6 +70,7 @@ Run.__index = Run
 -- @tparam[opt] table o `keep`, `major` (see the recipe word `save`)
 function Run:save(o)
   o = o or {}
+  self.log:flush()
   local ok, why = checkpoint.save_job(self.job, self.folder .. "/ckpt", {
     keep = o.keep, major = o.major, state = { guards = self.guards:state() },
   })
