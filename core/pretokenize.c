@@ -231,7 +231,9 @@ static halo_status normalise(halo__buffer *out, halo__buffer *scratch, const uin
   scratch->bytes = 0;
   for (size_t at = 0; at < n;) {
     utf8proc_int32_t c;
-    at += (size_t)utf8proc_iterate(text + at, (utf8proc_ssize_t)(n - at), &c);
+    const utf8proc_ssize_t length = utf8proc_iterate(text + at, (utf8proc_ssize_t)(n - at), &c);
+    HALO_CHECK(length > 0, HALO_ESTATE, "tokenizer: text to normalise is not UTF-8 at byte %zu", at);
+    at += (size_t)length;
     HALO_TRY(halo__buffer_reserve(scratch, MOST * 4));
     int32_t *end = (int32_t *)((char *)scratch->data + scratch->bytes);
     const utf8proc_ssize_t got = utf8proc_decompose_char(c, end, MOST, options, &boundary);

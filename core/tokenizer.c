@@ -270,6 +270,9 @@ halo_status halo_tokenizer_add(halo_tokenizer *t, int32_t id, const char *text, 
   const bool special = (flags & HALO_TOKEN_SPECIAL) != 0;
   HALO_CHECK(!special || n <= MAX_SPECIAL_BYTES, HALO_EUNSUPPORTED,
              "tokenizer: special token %d has %zu bytes, at most %d", id, n, MAX_SPECIAL_BYTES);
+  // Cutting whole characters out of valid UTF-8 leaves valid UTF-8; normalisation relies on that.
+  HALO_CHECK(!special || halo__utf8_valid(bytes, n) == n, HALO_ECORRUPT,
+             "tokenizer: special token %d is not valid UTF-8", id);
   const uint64_t slot = index_slot(t, bytes, n);
   if (t->index[slot] != 0) {
     const int32_t other = (int32_t)t->index[slot] - 1;

@@ -315,6 +315,9 @@ static void malformed_vocabularies_are_refused(void) {
   CHECK_STATUS(halo_tokenizer_add(t, 256, huge, sizeof huge, 0), HALO_EUNSUPPORTED);
   CHECK_STATUS(halo_tokenizer_add(t, 256, huge, sizeof huge, HALO_TOKEN_PRINTABLE), HALO_EUNSUPPORTED);
   CHECK_STATUS(halo_tokenizer_add(t, 256, huge, 256, HALO_TOKEN_SPECIAL), HALO_EUNSUPPORTED);
+  // half a character would cut valid text into invalid halves (found by fuzz_tokenizer)
+  CHECK_STATUS(halo_tokenizer_add(t, 256, "\x81l", 2, HALO_TOKEN_SPECIAL), HALO_ECORRUPT);
+  CHECK_STATUS(halo_tokenizer_add(t, 256, "l\xcc", 2, HALO_TOKEN_SPECIAL), HALO_ECORRUPT);
   CHECK_STATUS(halo_tokenizer_finish(t), HALO_ECORRUPT); // 256 and 257 are missing
   CHECK(strstr(halo_error_message(), "id 256") != NULL);
   add(t, 256, "ab", 0);
