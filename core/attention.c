@@ -1,8 +1,8 @@
 /* attention.c: attention under a plan over a ring, forward and backward, on the tape.
  *
- * Three parts meet here and know nothing of each other: the plan says which keys each query sees, the
- * ring brings the keys of one rank after the other (core/schedule.c has the timeline), the kernels
- * let queries meet the keys at hand. What is kept between two steps is per rank:
+ * Three parts meet here and know nothing of each other: the plan says which keys each query sees,
+ * the ring brings the keys of one rank after the other (core/schedule.c has the timeline), the
+ * kernels let queries meet the keys at hand. What is kept between two steps is per rank:
  *
  *   forward    o [B,H,T,D], m, l [B,H,T]: unnormalised output, running maximum and sum; fp32 (fp64
  *              for fp64). out = o/l and lse = m + log l come once, after the last step, so W steps
@@ -11,16 +11,16 @@
  *              uses the final lse and delta = rowsum(out * grad), not the step's own.
  *
  * Columns are keys of their own, gathered once per pass: every rank gets every selected key
- * (core/plan.h halo__gather), so that a popular column costs all ranks the same instead of stopping the
- * ring at its owner's step (mtraining.md 2.4). Their gradients go straight back to the owner, which
- * adds the ranks' parts in rank order.
+ * (core/plan.h halo__gather), so that a popular column costs all ranks the same instead of stopping
+ * the ring at its owner's step (mtraining.md 2.4). Their gradients go straight back to the owner,
+ * which adds the ranks' parts in rank order.
  *
  *   rank r        K,V of own columns  ==all to all==>  K,V of all columns
  *   meet          ... o, m, l         / dq, and dK,dV of all columns
  *   backward      dK,dV of all columns  ==all to all==>  W parts of own columns  ==sum==> own dK,dV
  *
- * Order of every sum is fixed by the plan, the schedule and the number of ranks: runs repeat bit for
- * bit, whatever the number of threads and the timing of messages.
+ * Order of every sum is fixed by the plan, the schedule and the number of ranks: runs repeat bit
+ * for bit, whatever the number of threads and the timing of messages.
  *
  * The tape keeps q, k, v, out, lse, and the plan and the ring themselves: a plan is never selected
  * anew in backward.
@@ -58,18 +58,18 @@ typedef struct pass {
   halo_tensor *dk, *dv;            /* backward */
   const halo__gather *gather;      /* NULL when the plan has no columns */
   halo__transfer *transfers;
-  double met; /* (query, key, head) triples computed so far, masked ones of partial tiles included */
+  double met; /* (query, key, head) triples computed so far, masked ones included */
 } pass;
 
-/* ---- shapes ----------------------------------------------------------------------------------- */
+/* ---- shapes --------------------------------------------------------------------------------- */
 
 static halo_status check_shapes(const halo_tensor *q, const halo_tensor *k, const halo_tensor *v,
                                 const halo_plan *plan, const halo_ring *ring) {
   HALO_CHECK(q != NULL && k != NULL && v != NULL && plan != NULL && ring != NULL, HALO_EARG,
              "attention: q, k, v, plan and ring are all needed");
   HALO_CHECK(q->ndim == 4 && k->ndim == 4 && v->ndim == 4, HALO_EARG,
-             "attention: q, k, v are [B,T,H,D]; got %s, %s, %s", halo__describe(q), halo__describe(k),
-             halo__describe(v));
+             "attention: q, k, v are [B,T,H,D]; got %s, %s, %s", halo__describe(q),
+             halo__describe(k), halo__describe(v));
   HALO_CHECK(halo__is_float(q->dtype) && q->dtype == k->dtype && q->dtype == v->dtype, HALO_EARG,
              "attention: q, k, v must have one floating dtype; got %s, %s, %s", halo__describe(q),
              halo__describe(k), halo__describe(v));
@@ -85,8 +85,8 @@ static halo_status check_shapes(const halo_tensor *q, const halo_tensor *k, cons
   HALO_CHECK(k->shape[2] > 0 && q->shape[2] % k->shape[2] == 0, HALO_EARG,
              "attention: %lld query heads are no multiple of %lld key/value heads",
              (long long)q->shape[2], (long long)k->shape[2]);
-  HALO_CHECK(halo_plan_batch(plan) == q->shape[0] && halo_plan_heads(plan) == q->shape[2], HALO_EARG,
-             "attention: the plan is for %lld sequences of %lld heads, q is %s",
+  HALO_CHECK(halo_plan_batch(plan) == q->shape[0] && halo_plan_heads(plan) == q->shape[2],
+             HALO_EARG, "attention: the plan is for %lld sequences of %lld heads, q is %s",
              (long long)halo_plan_batch(plan), (long long)halo_plan_heads(plan), halo__describe(q));
   const halo_layout *layout = &plan->layout;
   HALO_CHECK(halo_layout_world(layout) == halo_ring_world(ring), HALO_EARG,
@@ -99,8 +99,8 @@ static halo_status check_shapes(const halo_tensor *q, const halo_tensor *k, cons
   return HALO_OK;
 }
 
-/* All ranks must bring the same plan and shapes: messages are sized by them, and a difference would be a
- * hang or, worse, a wrong sum. One number per rank and call settles it. */
+/* All ranks must bring the same plan and shapes: messages are sized by them, and a difference would
+ * be a hang or, worse, a wrong sum. One number per rank and call settles it. */
 static halo_status check_ranks_agree(const pass *x) {
   const int64_t shape[] = {x->B, x->H, x->Hk, x->D, x->dtype};
   uint64_t value = halo_plan_hash(x->plan);
@@ -111,8 +111,8 @@ static halo_status check_ranks_agree(const pass *x) {
 }
 
 /* Tasks in backward: enough for eight threads to share, first by sharing out the query heads of a
- * key/value head (each task has a dk and dv of its own), then by sharing out keys (each has a dq). Not
- * the number of threads, on which a sum must not depend. */
+ * key/value head (each task has a dk and dv of its own), then by sharing out keys (each has a dq).
+ * Not the number of threads, on which a sum must not depend. */
 static void backward_parts(const pass *x, int32_t *head_parts_out, int32_t *key_parts_out) {
   enum { TASKS = 8 };
   const int64_t groups = x->B * x->Hk > 0 ? x->B * x->Hk : 1, blocks = x->plan->layout.per_rank;
@@ -134,8 +134,8 @@ static char *rank_data(const pass *x, const halo_tensor *t, int32_t here) {
 }
 
 /* Fill x for q, k, v; the query side of each rank here is set up, its state is not. */
-static halo_status pass_open(pass *x, const attention_context *c, const halo_tensor *q, const halo_tensor *k,
-                             const halo_tensor *v) {
+static halo_status pass_open(pass *x, const attention_context *c, const halo_tensor *q,
+                             const halo_tensor *k, const halo_tensor *v) {
   *x = (pass){.ring = c->ring, .plan = c->plan, .kernels = halo__kernels(HALO_CPU),
               .here = halo_ring_here(c->ring), .rank = halo_ring_rank(c->ring),
               .world = halo_ring_world(c->ring), .dtype = q->dtype,
@@ -154,13 +154,23 @@ static halo_status pass_open(pass *x, const attention_context *c, const halo_ten
     const halo__tokens *tokens;
     HALO_TRY(halo__plan_tokens(&tokens, x->plan, x->rank + i));
     halo_attention_queries *a = &x->queries[i];
-    *a = (halo_attention_queries){
-        .dtype = x->dtype, .n_batch = x->B, .n_heads = x->H, .n_kv_heads = x->Hk,
-        .head_size = x->D, .block = x->plan->layout.block, .n_blocks = x->plan->layout.per_rank,
-        .scale = c->scale, .q = rank_data(x, q, i), .position = tokens->position,
-        .first = tokens->first, .first_stride = tokens->first_stride,
-        .pattern_of = halo__plan_pattern_of(x->plan), .n_parts = 1, .n_head_parts = 1, .poll = halo__comm_progress,
-        .poll_context = halo__ring_comm(x->ring)};
+    *a = (halo_attention_queries){.dtype = x->dtype,
+                                  .n_batch = x->B,
+                                  .n_heads = x->H,
+                                  .n_kv_heads = x->Hk,
+                                  .head_size = x->D,
+                                  .block = x->plan->layout.block,
+                                  .n_blocks = x->plan->layout.per_rank,
+                                  .scale = c->scale,
+                                  .q = rank_data(x, q, i),
+                                  .position = tokens->position,
+                                  .first = tokens->first,
+                                  .first_stride = tokens->first_stride,
+                                  .pattern_of = halo__plan_pattern_of(x->plan),
+                                  .n_parts = 1,
+                                  .n_head_parts = 1,
+                                  .poll = halo__comm_progress,
+                                  .poll_context = halo__ring_comm(x->ring)};
     strides_of(a->q_stride, q);
   }
   return HALO_OK;
@@ -185,12 +195,13 @@ static double items_of_heads(const halo_plan *p, const halo__rows *rows) {
   return sum;
 }
 
-/* ---- hooks of the ring ------------------------------------------------------------------------ */
+/* ---- hooks of the ring ---------------------------------------------------------------------- */
 
 /* Own keys: K then V, each [B,Hk,T,D]. */
 static halo_status load(void *context, int32_t here, void *kv) {
   const pass *x = context;
-  const int64_t shape[4] = {x->B, x->Hk, x->T, x->D}, bytes = x->B * x->Hk * x->T * x->D * x->element;
+  const int64_t shape[4] = {x->B, x->Hk, x->T, x->D},
+                bytes = x->B * x->Hk * x->T * x->D * x->element;
   const halo_tensor *both[2] = {x->k, x->v};
   for (int32_t i = 0; i < 2; i++) {
     const halo_tensor *t = both[i];
@@ -214,7 +225,8 @@ static halo_status meet_tiles(void *context, int32_t here, int32_t source, const
   halo_attention_tiles tiles = {.k = kv, .v = (const char *)kv + count * x->element,
                                 .position = tokens->position, .by_query = &slice->by_query};
   if (dkv == NULL) {
-    return slice->n_tiles == 0 ? HALO_OK : x->kernels->attention_tiles_fwd(&x->queries[here], &tiles);
+    return slice->n_tiles == 0 ? HALO_OK
+                               : x->kernels->attention_tiles_fwd(&x->queries[here], &tiles);
   }
   tiles.dk = dkv;
   tiles.dv = (char *)dkv + count * x->acc_bytes;
@@ -222,7 +234,7 @@ static halo_status meet_tiles(void *context, int32_t here, int32_t source, const
   return x->kernels->attention_tiles_bwd(&x->queries[here], &tiles);
 }
 
-/* ---- columns ---------------------------------------------------------------------------------- */
+/* ---- columns -------------------------------------------------------------------------------- */
 
 /* Entries of rank r, in the order in which they travel. */
 static const int32_t *owned_by(const pass *x, int32_t r, int64_t *n_out) {
@@ -230,8 +242,8 @@ static const int32_t *owned_by(const pass *x, int32_t r, int64_t *n_out) {
   return x->gather->owned + x->gather->owned_offset[r];
 }
 
-/* The (batch, key/value head) that owns `entry`, not before `group`: entries of groups are neighbours,
- * so a walk over ascending entries finds each in passing. */
+/* The (batch, key/value head) that owns `entry`, not before `group`: entries of groups are
+ * neighbours, so a walk over ascending entries finds each in passing. */
 static int64_t group_from(const pass *x, int64_t group, int32_t entry) {
   while (x->gather->offset[group + 1] <= entry) group++;
   return group;
@@ -345,7 +357,8 @@ static halo_status columns_backward(void *context) {
       const int64_t from = g->owned_offset[r];
       x->transfers[n_transfers++] = (halo__transfer){
           sent + from * pair, (g->owned_offset[r + 1] - from) * pair, i, r, true};
-      x->transfers[n_transfers++] = (halo__transfer){received + r * own * pair, own * pair, i, r, false};
+      x->transfers[n_transfers++] =
+          (halo__transfer){received + r * own * pair, own * pair, i, r, false};
     }
   }
   return halo__ring_post_columns(x->ring, x->transfers, n_transfers);
@@ -393,7 +406,7 @@ static halo_status store(void *context, int32_t here, void *dkv) {
   return status;
 }
 
-/* ---- forward and backward ---------------------------------------------------------------------- */
+/* ---- forward and backward ------------------------------------------------------------------- */
 
 static halo_status run_ring(pass *x, bool is_backward) {
   const int64_t count = 2 * x->B * x->Hk * x->T * x->D;
@@ -565,7 +578,7 @@ halo_status halo_attention(halo_tensor **out, halo_tensor **lse_out, halo_tensor
   return HALO_OK;
 }
 
-/* ---- merge and cache ---------------------------------------------------------------------------- */
+/* ---- merge and cache ------------------------------------------------------------------------ */
 
 halo_status halo_attention_merge(halo_tensor *o, halo_tensor *lse, const halo_tensor *o_part,
                                  const halo_tensor *lse_part) {
@@ -582,9 +595,9 @@ halo_status halo_attention_merge(halo_tensor *o, halo_tensor *lse, const halo_te
   HALO_CHECK(halo_tensor_is_contiguous(o) && halo_tensor_is_contiguous(o_part) &&
                  halo_tensor_is_contiguous(lse) && halo_tensor_is_contiguous(lse_part),
              HALO_EARG, "attention_merge: all tensors must be contiguous");
-  return halo__kernels(HALO_CPU)->attention_merge(o->dtype, halo__data(o), halo__data(lse),
-                                                  halo__data(o_part), halo__data(lse_part),
-                                                  o->shape[0], o->shape[1], o->shape[2], o->shape[3]);
+  return halo__kernels(HALO_CPU)->attention_merge(
+      o->dtype, halo__data(o), halo__data(lse), halo__data(o_part), halo__data(lse_part),
+      o->shape[0], o->shape[1], o->shape[2], o->shape[3]);
 }
 
 static halo_status check_positions(const halo_tensor *t, int64_t n, const char *name) {
@@ -594,8 +607,8 @@ static halo_status check_positions(const halo_tensor *t, int64_t n, const char *
              t == NULL ? "NULL" : halo__describe(t), (long long)n);
   const int64_t *x = halo__data(t);
   for (int64_t i = 0; i < n; i++) {
-    HALO_CHECK(x[i] >= 0 && x[i] <= INT32_MAX, HALO_EARG, "attention_cached: %s[%lld] is %lld", name,
-               (long long)i, (long long)x[i]);
+    HALO_CHECK(x[i] >= 0 && x[i] <= INT32_MAX, HALO_EARG, "attention_cached: %s[%lld] is %lld",
+               name, (long long)i, (long long)x[i]);
   }
   return HALO_OK;
 }

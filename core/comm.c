@@ -1,14 +1,15 @@
 /* comm.c: communicators and their collectives.
  *
- * Everything is made of one primitive: post transfers, wait for them (comm.h). A transfer between two
- * ranks of this process is a copy made here; the others go to a remote (comm_mpi.c). So `self` (one
- * rank) and `local` (W virtual ranks in lockstep) need no transport of their own, and W processes run
- * the very code that tests run in one.
+ * Everything is made of one primitive: post transfers, wait for them (comm.h). A transfer between
+ * two ranks of this process is a copy made here; the others go to a remote (comm_mpi.c). So `self`
+ * (one rank) and `local` (W virtual ranks in lockstep) need no transport of their own, and W
+ * processes run the very code that tests run in one.
  *
- * Sums are made by us and not by MPI_Allreduce, whose order of additions depends on the algorithm the
- * library picks for the size at hand: every rank receives its share of the elements from all ranks,
- * adds them in rank order, and sends the result round (reduce-scatter and all-gather, which is also
- * what moves the fewest bytes). So a run repeats bit for bit, and `local` and `mpi` agree bit for bit.
+ * Sums are made by us and not by MPI_Allreduce, whose order of additions depends on the algorithm
+ * the library picks for the size at hand: every rank receives its share of the elements from all
+ * ranks, adds them in rank order, and sends the result round (reduce-scatter and all-gather, which
+ * is also what moves the fewest bytes). So a run repeats bit for bit, and `local` and `mpi` agree
+ * bit for bit.
  *
  * Local copies happen in the wait, not in the post: a caller that changes a buffer in flight then
  * gets a wrong result under `local` too, where tests see it.
@@ -53,7 +54,7 @@ static double now_seconds(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* ---- making and freeing -------------------------------------------------------------------- */
+/* ---- making and freeing --------------------------------------------------------------------- */
 
 static halo_status comm_new(halo_comm **out, const halo__remote *remote, void *state, int32_t rank,
                             int32_t size, int32_t here) {
@@ -94,8 +95,8 @@ halo_status halo_comm_world(halo_comm **out) {
 }
 
 halo_status halo_comm_split(halo_comm **out, halo_comm *c, int32_t color, int32_t key) {
-  HALO_CHECK(color >= 0, HALO_EARG, "comm_split: color is %d; it must be 0 or more (rank %d)", color,
-             c->rank);
+  HALO_CHECK(color >= 0, HALO_EARG, "comm_split: color is %d; it must be 0 or more (rank %d)",
+             color, c->rank);
   if (c->remote == NULL) return comm_new(out, NULL, NULL, 0, c->size, c->here);
   void *state;
   int32_t rank, size;
@@ -136,7 +137,7 @@ const char *halo_comm_name(const halo_comm *c) {
 double halo_comm_exposed_seconds(halo_comm *c) { return c->exposed_seconds; }
 void halo_comm_reset_timer(halo_comm *c) { c->exposed_seconds = 0; }
 
-/* ---- transfers ----------------------------------------------------------------------------- */
+/* ---- transfers ------------------------------------------------------------------------------ */
 
 static bool lives_here(const halo_comm *c, int32_t rank) {
   return rank >= c->rank && rank < c->rank + c->here;
@@ -198,9 +199,10 @@ static halo_status match_local(halo_comm *c, halo__pending *p, const halo__trans
     if (t[i].is_send || t[i].bytes == 0 || !lives_here(c, t[i].peer)) continue;
     int32_t *head = &c->pair_head[(t[i].peer - c->rank) * c->here + t[i].here];
     if (*head < 0 || t[*head].bytes != t[i].bytes) {
-      status = halo__error(HALO_ECOMM, "comm: rank %d wants %lld bytes from rank %d, which sends %lld",
-                           c->rank + t[i].here, (long long)t[i].bytes, t[i].peer,
-                           *head < 0 ? 0LL : (long long)t[*head].bytes);
+      status =
+          halo__error(HALO_ECOMM, "comm: rank %d wants %lld bytes from rank %d, which sends %lld",
+                      c->rank + t[i].here, (long long)t[i].bytes, t[i].peer,
+                      *head < 0 ? 0LL : (long long)t[*head].bytes);
       break;
     }
     p->copies[p->n_copies++] = (copy){t[i].data, t[*head].data, t[i].bytes};
@@ -208,8 +210,9 @@ static halo_status match_local(halo_comm *c, halo__pending *p, const halo__trans
     open--;
   }
   if (status == HALO_OK && open > 0) {
-    status = halo__error(HALO_ECOMM, "comm: %lld sends between ranks of this process have no receive",
-                         (long long)open);
+    status =
+        halo__error(HALO_ECOMM, "comm: %lld sends between ranks of this process have no receive",
+                    (long long)open);
   }
   if (status != HALO_OK) {
     for (int64_t i = 0; i < (int64_t)c->here * c->here; i++) c->pair_head[i] = -1;
@@ -342,8 +345,8 @@ halo_status halo_comm_all_to_all(halo_comm *c, void *const *out, const void *con
   return status;
 }
 
-/* The root deals pieces out and every rank passes its piece on: twice the bytes of the message leave
- * each rank at most, whatever W (van de Geijn's broadcast). */
+/* The root deals pieces out and every rank passes its piece on: twice the bytes of the message
+ * leave each rank at most, whatever W (van de Geijn's broadcast). */
 halo_status halo_comm_broadcast(halo_comm *c, void *const *buffers, int64_t bytes, int32_t root) {
   HALO_CHECK(root >= 0 && root < c->size, HALO_EARG, "comm_broadcast: root is %d of %d ranks", root,
              c->size);
@@ -399,8 +402,8 @@ static void combine(void *to, const void *from, int64_t n, halo_dtype dtype, red
   }
 }
 
-/* One slice of an all-reduce. `scratch` has room for count + W elements per rank here: W shares, each
- * at most one longer than count / W. */
+/* One slice of an all-reduce. `scratch` has room for count + W elements per rank here: W shares,
+ * each at most one longer than count / W. */
 static halo_status reduce_slice(halo_comm *c, void *const *buffers, int64_t first, int64_t count,
                                 halo_dtype dtype, reduce_op op, char *scratch, halo__transfer *t) {
   int64_t size = halo_dtype_bytes(dtype), n = 0;
@@ -410,7 +413,8 @@ static halo_status reduce_slice(halo_comm *c, void *const *buffers, int64_t firs
     for (int32_t r = 0; r < c->size; r++) {
       int64_t start = piece_start(count, r, c->size);
       int64_t share = piece_start(count, r + 1, c->size) - start;
-      t[n++] = (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, true};
+      t[n++] =
+          (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, true};
       t[n++] = (halo__transfer){scratch, own_count * size, i, r, false};
       scratch += own_count * size;
     }
@@ -439,8 +443,10 @@ static halo_status reduce_slice(halo_comm *c, void *const *buffers, int64_t firs
       int64_t start = piece_start(count, r, c->size);
       int64_t share = piece_start(count, r + 1, c->size) - start;
       if (r == self) continue;
-      t[n++] = (halo__transfer){(char *)buffers[i] + (first + own) * size, own_count * size, i, r, true};
-      t[n++] = (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, false};
+      t[n++] =
+          (halo__transfer){(char *)buffers[i] + (first + own) * size, own_count * size, i, r, true};
+      t[n++] =
+          (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, false};
     }
   }
   return move(c, t, n);

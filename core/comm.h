@@ -2,8 +2,8 @@
  *
  * A transfer is one direction of one message as seen by one rank that lives here. A post starts any
  * number of transfers and returns at once; a wait ends them. Between the two a send buffer may be
- * read but not written, a receive buffer neither. Sends and receives of one (channel, from, to) pair
- * up in the order they were posted; channels are independent of each other.
+ * read but not written, a receive buffer neither. Sends and receives of one (channel, from, to)
+ * pair up in the order they were posted; channels are independent of each other.
  */
 #ifndef HALO_COMM_H
 #define HALO_COMM_H

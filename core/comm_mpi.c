@@ -1,8 +1,8 @@
 /* comm_mpi.c: transfers between processes through MPI, host memory only.
  *
- * MPI is used for what it does well: it starts processes, and moves bytes with non-blocking sends and
- * receives. Errors come back as codes (MPI_ERRORS_RETURN); Open MPI 4 has no way to go on after one,
- * so the caller ends the job with halo_comm_abort. One thread calls MPI (MPI_THREAD_FUNNELED).
+ * MPI is used for what it does well: it starts processes, and moves bytes with non-blocking sends
+ * and receives. Errors come back as codes (MPI_ERRORS_RETURN); Open MPI 4 has no way to go on after
+ * one, so the caller ends the job with halo_comm_abort. One thread calls MPI (MPI_THREAD_FUNNELED).
  *
  * A launcher and an MPI library that do not know each other start W processes that each believe to
  * be rank 0 of 1, without a word (open-mpi/ompi issue 13523). So the launcher's count, which it
@@ -39,7 +39,7 @@ static halo_status mpi_error(int code, const char *call) {
     if (code_ != MPI_SUCCESS) return mpi_error(code_, name);                              \
   } while (0)
 
-/* ---- transfers ----------------------------------------------------------------------------- */
+/* ---- transfers ------------------------------------------------------------------------------ */
 
 static halo_status mpi_post(void *state, void **request_out, halo__channel channel,
                             const halo__transfer *transfers, int64_t n) {
@@ -154,8 +154,9 @@ static const halo__remote mpi_remote = {
     .abort = mpi_abort,
 };
 
-/* The launcher's count of ranks, 0 when there is none. The first variable that is set decides: mpirun
- * inside a Slurm job also inherits Slurm's variables, which then count mpirun's own daemons. */
+/* The launcher's count of ranks, 0 when there is none. The first variable that is set decides:
+ * mpirun inside a Slurm job also inherits Slurm's variables, which then count mpirun's own daemons.
+ * */
 static long launcher_size(const char **variable_out) {
   static const char *const variables[] = {"HALO_WORLD", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
                                           "SLURM_STEP_NUM_TASKS"};
@@ -183,10 +184,11 @@ halo_status halo__mpi_world(const halo__remote **remote_out, void **state_out, i
   HALO_MPI(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size");
   const char *variable = "";
   long wanted = launcher_size(&variable);
-  HALO_CHECK(wanted == 0 || wanted == size, HALO_ESTATE,
-             "comm_world: the launcher started %ld ranks (%s), MPI sees %d: launcher and MPI library "
-             "do not match (with Slurm use srun --mpi=pmix, or mpirun)",
-             wanted, variable, size);
+  HALO_CHECK(
+      wanted == 0 || wanted == size, HALO_ESTATE,
+      "comm_world: the launcher started %ld ranks (%s), MPI sees %d: launcher and MPI library "
+      "do not match (with Slurm use srun --mpi=pmix, or mpirun)",
+      wanted, variable, size);
   MPI_Comm world;
   HALO_MPI(MPI_Comm_dup(MPI_COMM_WORLD, &world), "MPI_Comm_dup");
   *remote_out = &mpi_remote;

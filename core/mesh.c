@@ -2,11 +2,11 @@
  *
  *   world rank = (data * outer_size + outer) * inner_size + inner
  *
- * `inner` ranks are neighbours (one node, when the launcher fills nodes in order), `outer` joins nodes
- * to one ring, `data` repeats that ring over other sequences. The ring, all ranks that share a
- * sequence, is outer x inner in rank order; the data group joins the ranks that hold the same part of
- * their sequences. Everything that talks asks the mesh for its group; the arithmetic of ranks is in
- * place_of and nowhere else.
+ * `inner` ranks are neighbours (one node, when the launcher fills nodes in order), `outer` joins
+ * nodes to one ring, `data` repeats that ring over other sequences. The ring, all ranks that share
+ * a sequence, is outer x inner in rank order; the data group joins the ranks that hold the same
+ * part of their sequences. Everything that talks asks the mesh for its group; the arithmetic of
+ * ranks is in place_of and nowhere else.
  *
  *   data = 2, outer = 2, inner = 2:     world rank    0 1 2 3 | 4 5 6 7
  *                                       ring          0 1 2 3 | 0 1 2 3      inner  0 1 0 1 | ...
@@ -34,12 +34,13 @@ halo_status halo_mesh_new(halo_mesh **out, halo_comm *world, int32_t data, int32
   const int32_t size[3] = {data, outer, inner};
   int64_t ranks = 1;
   for (int32_t i = 0; i < 3; i++) {
-    HALO_CHECK(size[i] >= 1, HALO_EARG, "mesh_new: %s is %d; it must be 1 or more", axis_names[i], size[i]);
+    HALO_CHECK(size[i] >= 1, HALO_EARG, "mesh_new: %s is %d; it must be 1 or more", axis_names[i],
+               size[i]);
     HALO_CHECK(halo__mul(ranks, size[i], &ranks), HALO_EARG, "mesh_new: sizes overflow");
   }
   HALO_CHECK(ranks == halo_comm_size(world), HALO_EARG,
-             "mesh_new: data %d x outer %d x inner %d is %lld ranks, the job has %d", data, outer, inner,
-             (long long)ranks, halo_comm_size(world));
+             "mesh_new: data %d x outer %d x inner %d is %lld ranks, the job has %d", data, outer,
+             inner, (long long)ranks, halo_comm_size(world));
   HALO_CHECK(data == 1 || halo_comm_here(world) == 1, HALO_EUNSUPPORTED,
              "mesh_new: %d ranks of one process form one ring; data must be 1, is %d",
              halo_comm_here(world), data);
@@ -51,8 +52,9 @@ halo_status halo_mesh_new(halo_mesh **out, halo_comm *world, int32_t data, int32
   halo_status status = halo_comm_split(&m->ring, world, m->place[HALO_AXIS_DATA], rank);
   if (status == HALO_OK) {
     // Ranks of one process share everything: nothing is left for a data group to sum.
-    status = halo_comm_here(world) > 1 ? halo_comm_self(&m->data)
-                                       : halo_comm_split(&m->data, world, rank % (outer * inner), rank);
+    status = halo_comm_here(world) > 1
+                 ? halo_comm_self(&m->data)
+                 : halo_comm_split(&m->data, world, rank % (outer * inner), rank);
   }
   if (status != HALO_OK) {
     halo_mesh_free(m);

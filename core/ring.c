@@ -1,17 +1,17 @@
 /* ring.c: run a schedule over a communicator.
  *
- * The tables of schedule.c say everything; this file owns the buffers they talk about and executes row
- * after row, for all ranks of this process in lockstep: row k of every rank here, then row k + 1. With
- * one rank a process (self, MPI) that is the usual ring, with W in one process (local) it is the same
- * code on the same tables, deterministic and open to a debugger.
+ * The tables of schedule.c say everything; this file owns the buffers they talk about and executes
+ * row after row, for all ranks of this process in lockstep: row k of every rank here, then row k +
+ * 1. With one rank a process (self, MPI) that is the usual ring, with W in one process (local) it
+ * is the same code on the same tables, deterministic and open to a debugger.
  *
- * Buffers belong to the ring and are kept: a slot is K then V of one rank in one piece (one message a
- * hop; at long contexts on many ranks a hop is bound by latency, distributed.md 2.4), in the dtype of
- * the keys; dKV slots are fp32 (fp64 for fp64). They grow to the largest shape seen.
+ * Buffers belong to the ring and are kept: a slot is K then V of one rank in one piece (one message
+ * a hop; at long contexts on many ranks a hop is bound by latency, distributed.md 2.4), in the
+ * dtype of the keys; dKV slots are fp32 (fp64 for fp64). They grow to the largest shape seen.
  *
- * When a pass fails half-way, messages of other ranks may still arrive in these buffers. The ring is
- * then spent: it refuses further passes and never frees the buffers if processes are involved; the
- * error is for the caller to end the job with.
+ * When a pass fails half-way, messages of other ranks may still arrive in these buffers. The ring
+ * is then spent: it refuses further passes and never frees the buffers if processes are involved;
+ * the error is for the caller to end the job with.
  */
 #include "ring.h"
 
@@ -54,7 +54,8 @@ halo_status halo_ring_new(halo_ring **out, halo_comm *c, int32_t schedule, int32
   halo_ring *r;
   HALO_TRY(halo__alloc_zero((void **)&r, (int64_t)sizeof *r, HALO_CPU));
   halo_status status = HALO_OK;
-  *r = (halo_ring){.references = 1, .comm = c, .kind = (halo_schedule)schedule, .inner = inner, .here = here};
+  *r = (halo_ring){
+      .references = 1, .comm = c, .kind = (halo_schedule)schedule, .inner = inner, .here = here};
   int64_t table_bytes = here * (int64_t)sizeof *r->forward;
   HALO_TRY_GOTO(halo__alloc_zero((void **)&r->forward, table_bytes, HALO_CPU));
   HALO_TRY_GOTO(halo__alloc_zero((void **)&r->backward, table_bytes, HALO_CPU));
@@ -107,7 +108,7 @@ int64_t halo_ring_explain(const halo_ring *r, char *text, int64_t capacity) {
                                          fits ? capacity - length : 0);
 }
 
-/* ---- running ---------------------------------------------------------------------------------- */
+/* ---- running -------------------------------------------------------------------------------- */
 
 halo_status halo__ring_reserve(halo_ring *r, halo__ring_buffer_id id, int64_t bytes) {
   arena *a = &r->buffers[id];
@@ -221,9 +222,10 @@ static void give_up(halo_ring *r) {
 }
 
 halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass) {
-  HALO_CHECK(!r->is_spent, HALO_ESTATE,
-             "ring: a pass failed before, and messages of it may be under way: end the job (rank %d)",
-             halo_ring_rank(r));
+  HALO_CHECK(
+      !r->is_spent, HALO_ESTATE,
+      "ring: a pass failed before, and messages of it may be under way: end the job (rank %d)",
+      halo_ring_rank(r));
   run x = {.ring = r, .pass = pass, .tables = pass->is_backward ? r->backward : r->forward};
   x.kv_stride = (pass->kv_bytes + 63) / 64 * 64;
   x.dkv_stride = (pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype) + 63) / 64 * 64;

@@ -10,8 +10,8 @@ halo_comm *halo__ring_comm(const halo_ring *r);
 /* Another owner of the ring; halo_ring_free drops one. */
 halo_ring *halo__ring_retain(halo_ring *r);
 
-/* Memory that belongs to the ring and outlives a failed pass, one block of `bytes` for each rank here;
- * kept for the next pass. */
+/* Memory that belongs to the ring and outlives a failed pass, one block of `bytes` for each rank
+ * here; kept for the next pass. */
 typedef enum halo__ring_buffer_id {
   HALO__RING_KV,
   HALO__RING_DKV,
@@ -29,8 +29,8 @@ halo_status halo__ring_post_columns(halo_ring *r, const halo__transfer *transfer
 halo_status halo__ring_wait_columns(halo_ring *r);
 
 /* One pass of keys round the ring, or of keys and their gradients. `here` is which rank of this
- * process; slots are buffers of the ring. Hooks may be called in the order of the schedule's rows, for
- * each rank here in turn. */
+ * process; slots are buffers of the ring. Hooks may be called in the order of the schedule's rows,
+ * for each rank here in turn. */
 typedef struct halo__ring_pass {
   bool is_backward;
   int64_t kv_bytes;    /* one KV slot: K then V of one rank */
@@ -41,8 +41,8 @@ typedef struct halo__ring_pass {
   halo_status (*load)(void *context, int32_t here, void *kv);
   /* Queries of the rank meet the keys of `source`; backward: dkv = their gradients. */
   halo_status (*compute)(void *context, int32_t here, int32_t source, const void *kv, void *dkv);
-  /* Backward: the whole gradient of the rank's own keys, once columns have returned as well; the slot
-   * is the hook's to change. */
+  /* Backward: the whole gradient of the rank's own keys, once columns have returned as well; the
+   * slot is the hook's to change. */
   halo_status (*store)(void *context, int32_t here, void *dkv);
   /* Columns, for all ranks here at once; NULL when the plan has none. */
   halo_status (*fetch_columns)(void *context);

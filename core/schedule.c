@@ -1,12 +1,13 @@
 /* schedule.c: ring schedules as tables, and the checker that proves them.
  *
  * A schedule says for one rank, row by row, which keys to compute with and which slots to exchange
- * with whom. ring.c runs the rows; it knows no ring. So a new schedule is a generator here, and what
- * can go wrong in one (a hop skipped, a slot overwritten while it is sent, a gradient that ends at
- * the wrong rank) is found here on the host, for any number of ranks, before anything moves.
+ * with whom. ring.c runs the rows; it knows no ring. So a new schedule is a generator here, and
+ * what can go wrong in one (a hop skipped, a slot overwritten while it is sent, a gradient that
+ * ends at the wrong rank) is found here on the host, for any number of ranks, before anything
+ * moves.
  *
- * Ranks are numbered node * L + local: M nodes (the outer ring) of L ranks (the inner ring), W = M*L.
- * The flat ring is M = 1. The source of step o*L + i is
+ * Ranks are numbered node * L + local: M nodes (the outer ring) of L ranks (the inner ring), W =
+ * M*L. The flat ring is M = 1. The source of step o*L + i is
  *     ((node - o) mod M) * L + (local - i) mod L                        (mtraining.md 3.1)
  *
  * Keys, forward and backward alike. An outer hop is posted before the whole inner pass that hides
@@ -18,11 +19,11 @@
  *     compute     source 0    source 2   source 1   source 3    source 5   source 4
  *     slot        0           2          3          1           2          3
  *
- * Gradients travel backward only, in fp32, the same way as the keys they belong to, one step behind:
- * step t's own part is computed into a slot of its own while the sum of the ranks before comes in,
- * then added and sent on. After L hops an inner pass's sum is back at the rank where the keys came
- * in, where it joins the outer sum, which after M hops is home. Parts are therefore added in the order
- * in which the keys visit ranks, which does not depend on timing.
+ * Gradients travel backward only, in fp32, the same way as the keys they belong to, one step
+ * behind: step t's own part is computed into a slot of its own while the sum of the ranks before
+ * comes in, then added and sent on. After L hops an inner pass's sum is back at the rank where the
+ * keys came in, where it joins the outer sum, which after M hops is home. Parts are therefore added
+ * in the order in which the keys visit ranks, which does not depend on timing.
  *
  *     dKV slots  0, 1, 2 take turns: computed into, sent, received; 3, 4 the outer sum
  *     inner dKV       >---------|  >--------|  >------ ...        wait, add, post after each step
@@ -35,8 +36,8 @@
  * keys to r + d and gets those of r - d. Parts of gradients go straight to the owner, which adds
  * them in the same order, so gather equals flat to the last bit: each is the other's test.
  *
- * Columns (core/plan.h) are fetched before the first step and computed after it, where the fetch and
- * the first hops are hidden.
+ * Columns (core/plan.h) are fetched before the first step and computed after it, where the fetch
+ * and the first hops are hidden.
  *
  * Invariants, which halo__schedule_check proves by running all tables side by side:
  *   all ranks issue the same kinds of rows on the same channels in the same order, so no pair of
@@ -53,7 +54,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* ---- generators ------------------------------------------------------------------------------ */
+/* ---- generators ----------------------------------------------------------------------------- */
 
 static halo__schedule_row *append(halo__schedule *s, halo__row_kind kind) {
   halo__schedule_row *row = &s->rows[s->n_rows++];
@@ -80,7 +81,8 @@ static void append_wait(halo__schedule *s, halo__channel channel, int32_t event)
 }
 
 /* The step's rows; columns come after the first. dkv is -1 forward. */
-static void append_compute(halo__schedule *s, int32_t step, int32_t source, int32_t kv, int32_t dkv) {
+static void append_compute(halo__schedule *s, int32_t step, int32_t source, int32_t kv,
+                           int32_t dkv) {
   halo__schedule_row *row = append(s, HALO__ROW_COMPUTE);
   row->step = step;
   row->source = source;
@@ -161,7 +163,8 @@ static void generate_rings(halo__schedule *s, int32_t inner) {
   gradient_state g = {.compute = 0, .sent = 1, .received = 2, .inner_event = -1, .outer_event = -1};
   append(s, HALO__ROW_FETCH_COLUMNS);
   for (int32_t o = 0; o < p.M; o++) {
-    int32_t slot = o % 2, outer_event = -1; // KV slots 0, 1: the outer ring's; 2, 3: the inner ring's
+    int32_t slot = o % 2,
+            outer_event = -1; // KV slots 0, 1: the outer ring's; 2, 3: the inner ring's
     if (o < p.M - 1) {
       outer_event = append_post(s, HALO__CHANNEL_OUTER_KV, p.outer_next, p.outer_previous, slot,
                                 1 - slot);
@@ -262,7 +265,7 @@ void halo__schedule_free(halo__schedule *s) {
   halo__free(s);
 }
 
-/* ---- checker ---------------------------------------------------------------------------------- */
+/* ---- checker -------------------------------------------------------------------------------- */
 
 enum { EMPTY = -1 };
 
@@ -413,7 +416,8 @@ static halo_status check_row(simulation *m, int32_t k) {
     if (post < 0) return fault(0, k, "waits for exchange %d, which is not in flight", first->event);
     for (int32_t r = 0; r < m->world; r++) finish_post(m, post, r);
     for (int32_t r = 0; r < m->world; r++) {
-      slot_at(m, halo__channel_is_gradient(first->channel), r, m->tables[r]->rows[post].slot)->sending--;
+      slot_at(m, halo__channel_is_gradient(first->channel), r, m->tables[r]->rows[post].slot)
+          ->sending--;
     }
     m->post_row[first->event] = -1;
   }
@@ -499,7 +503,7 @@ halo_status halo_ring_check(int32_t schedule, int32_t world, int32_t inner) {
   return status;
 }
 
-/* ---- text ------------------------------------------------------------------------------------- */
+/* ---- text ----------------------------------------------------------------------------------- */
 
 int64_t halo__schedule_explain(const halo__schedule *s, char *text, int64_t capacity) {
   static const char *const channels[] = {"", "inner KV", "outer KV", "inner dKV", "outer dKV", ""};

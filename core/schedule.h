@@ -1,4 +1,5 @@
-/* schedule.h: a ring schedule as a table of rows, its generators and its checker. Internal to core/. */
+/* schedule.h: a ring schedule as a table of rows, its generators and its checker. Internal to
+ * core/. */
 #ifndef HALO_SCHEDULE_H
 #define HALO_SCHEDULE_H
 
@@ -6,14 +7,14 @@
 
 typedef enum halo__row_kind {
   HALO__ROW_FETCH_COLUMNS, /* start gathering the columns' keys and values */
-  HALO__ROW_COLUMNS,       /* end that; queries here meet them; backward: start returning gradients */
+  HALO__ROW_COLUMNS, /* end that; queries here meet them; backward: start returning gradients */
   HALO__ROW_RETURN_COLUMNS, /* backward: end that */
-  HALO__ROW_POST,          /* start sending slot `slot` to `to` and receiving `slot_in` from `from` */
-  HALO__ROW_WAIT,          /* end the exchange `event` */
-  HALO__ROW_COMPUTE,       /* queries here meet `source`, whose keys are in KV slot `slot`; backward
-                            * writes (=) their gradients to dKV slot `slot_in` */
-  HALO__ROW_COPY,          /* dKV slot `slot_in` = slot `slot` */
-  HALO__ROW_ADD            /* dKV slot `slot_in` += slot `slot` */
+  HALO__ROW_POST,    /* start sending slot `slot` to `to` and receiving `slot_in` from `from` */
+  HALO__ROW_WAIT,    /* end the exchange `event` */
+  HALO__ROW_COMPUTE, /* queries here meet `source`, whose keys are in KV slot `slot`; backward
+                      * writes (=) their gradients to dKV slot `slot_in` */
+  HALO__ROW_COPY,    /* dKV slot `slot_in` = slot `slot` */
+  HALO__ROW_ADD      /* dKV slot `slot_in` += slot `slot` */
 } halo__row_kind;
 
 typedef struct halo__schedule_row {
@@ -48,7 +49,8 @@ halo_status halo__schedule_new(halo__schedule **out, int32_t schedule, int32_t w
 void halo__schedule_free(halo__schedule *s);
 /* Whether the tables of all ranks, tables[0..world), fit together; see schedule.c. */
 halo_status halo__schedule_check(halo__schedule *const *tables, int32_t world);
-/* The table as text; writes at most `capacity` bytes with a final 0, returns the length it wanted. */
+/* The table as text; writes at most `capacity` bytes with a final 0, returns the length it wanted.
+ * */
 int64_t halo__schedule_explain(const halo__schedule *s, char *text, int64_t capacity);
 
 #endif

@@ -7,16 +7,17 @@
  *   backward  p = 2^(s - lse log2(e))   dv += p do   dp = v do^T   ds = p (dp - delta) scale
  *             dk += ds q                dq += ds^T k
  *
- * Why transposed: the sums over keys run down columns, so that maximum, sum, the visibility test and
- * the exponential are plain loops over neighbouring lanes; and keys and values are used as they lie
- * in memory, row by row. Only the block's queries (and their gradients) are packed, once for all the
- * keys they meet.
+ * Why transposed: the sums over keys run down columns, so that maximum, sum, the visibility test
+ * and the exponential are plain loops over neighbouring lanes; and keys and values are used as they
+ * lie in memory, row by row. Only the block's queries (and their gradients) are packed, once for
+ * all the keys they meet.
  *
  * All five products are one micro-kernel: 4 rows of 4 vectors stay in registers, one operand is
- * broadcast element by element (any strides, so a transposed one costs nothing), the other is read in
- * rows. Measured on one Cascade Lake core, fp32, 64 x 64 x 64 tiles: 118 GFLOP/s, OpenBLAS 0.3.21's
- * sgemm on the same tiles 82 to 113 and on long runs of tiles (64 x 64 x 4096) 77, on 1024^3 113 to
- * 115. Rows are cut at 64 elements of depth, so that the panel read in rows (16 KiB) stays in L1.
+ * broadcast element by element (any strides, so a transposed one costs nothing), the other is read
+ * in rows. Measured on one Cascade Lake core, fp32, 64 x 64 x 64 tiles: 118 GFLOP/s, OpenBLAS
+ * 0.3.21's sgemm on the same tiles 82 to 113 and on long runs of tiles (64 x 64 x 4096) 77, on
+ * 1024^3 113 to 115. Rows are cut at 64 elements of depth, so that the panel read in rows (16 KiB)
+ * stays in L1.
  *
  * Lanes past the block's edge (block not a multiple of the vector) hold zeros as queries; what they
  * compute is finite and never read. Base 2 saves a multiplication per exponential.
@@ -94,8 +95,9 @@ REAL(panel)(acc *c, int64_t ldc, const acc *a, int64_t am, int64_t ak, const acc
 }
 
 /* c [m,n] = (add ? c : 0) + a b; n is a multiple of LANES, rows of b and c are contiguous. */
-static inline void REAL(multiply)(acc *c, int64_t ldc, const acc *a, int64_t am, int64_t ak, const acc *b,
-                           int64_t ldb, int64_t m, int64_t n, int64_t depth, bool add) {
+static inline void REAL(multiply)(acc *c, int64_t ldc, const acc *a, int64_t am, int64_t ak,
+                                  const acc *b, int64_t ldb, int64_t m, int64_t n, int64_t depth,
+                                  bool add) {
   for (int64_t k = 0; k < depth; k += DEPTH) {
     const int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
     const acc *ak0 = a + k * ak, *bk0 = b + k * ldb;
@@ -142,8 +144,8 @@ typedef struct REAL(block) {
   acc *dk, *dv;           /* [K,E] where gradients must be padded or scattered */
 } REAL(block);
 
-/* Small work is done by one thread: starting the others costs more (10 us on an idle machine, a time
- * slice on a busy one). The bound is one tile of 64 x 64 x 64 or so per head of a small model. */
+/* Small work is done by one thread: starting the others costs more (10 us on an idle machine, a
+ * time slice on a busy one). The bound is about one tile of 64 x 64 x 64 for four heads. */
 static inline bool REAL(is_worth_sharing)(const halo_attention_queries *a) {
   return a->n_batch * a->n_heads * a->n_blocks * a->block * a->block * a->head_size > 1 << 20;
 }
@@ -181,8 +183,9 @@ static inline int64_t REAL(block_deal)(REAL(block) *b, acc *base, int64_t block,
 }
 
 /* to [D,P] = factor * rows [G,D] transposed, with zeros in the lanes past G. */
-static inline void REAL(pack_transposed)(acc *restrict to, const real *restrict rows, int64_t stride,
-                                  int64_t G, int64_t P, int64_t D, acc factor) {
+static inline void REAL(pack_transposed)(acc *restrict to, const real *restrict rows,
+                                         int64_t stride, int64_t G, int64_t P, int64_t D,
+                                         acc factor) {
   for (int64_t d = 0; d < D; d++) {
     for (int64_t r = G; r < P; r++) to[d * P + r] = 0;
   }
@@ -195,8 +198,8 @@ static inline void REAL(pack_transposed)(acc *restrict to, const real *restrict 
 }
 
 /* to [n,E] = rows [n,D], padded with zeros. */
-static inline void REAL(pack_rows)(acc *restrict to, const real *restrict rows, int64_t stride, int64_t n,
-                            int64_t D, int64_t E) {
+static inline void REAL(pack_rows)(acc *restrict to, const real *restrict rows, int64_t stride,
+                                   int64_t n, int64_t D, int64_t E) {
   for (int64_t r = 0; r < n; r++) {
     for (int64_t d = 0; d < D; d++) to[r * E + d] = LOAD(rows[r * stride + d]);
     for (int64_t d = D; d < E; d++) to[r * E + d] = 0;
@@ -205,8 +208,8 @@ static inline void REAL(pack_rows)(acc *restrict to, const real *restrict rows, 
 
 /* Take the queries of block `qb` of (batch, head) in; returns the row of (batch, head, first token)
  * in [B,H,T]. */
-static inline int64_t REAL(open_block)(REAL(block) *b, const halo_attention_queries *a, int64_t batch,
-                                int64_t head, int64_t qb, bool is_backward) {
+static inline int64_t REAL(open_block)(REAL(block) *b, const halo_attention_queries *a,
+                                       int64_t batch, int64_t head, int64_t qb, bool is_backward) {
   const int64_t T = a->block * a->n_blocks, token = qb * a->block;
   const real *q = (const real *)a->q + batch * a->q_stride[0] + token * a->q_stride[1] +
                   head * a->q_stride[2];
@@ -245,7 +248,8 @@ static inline int64_t REAL(open_block)(REAL(block) *b, const halo_attention_quer
   return row;
 }
 
-static inline void REAL(close_forward)(const REAL(block) *b, const halo_attention_queries *a, int64_t row) {
+static inline void REAL(close_forward)(const REAL(block) *b, const halo_attention_queries *a,
+                                       int64_t row) {
   acc *m = (acc *)a->m + row, *l = (acc *)a->l + row, *o = (acc *)a->o + row * b->D;
   for (int64_t r = 0; r < b->G; r++) {
     m[r] = b->m[r];
@@ -255,8 +259,8 @@ static inline void REAL(close_forward)(const REAL(block) *b, const halo_attentio
 }
 
 /* dq of task `part` += what the block gathered. */
-static inline void REAL(close_backward)(const REAL(block) *b, const halo_attention_queries *a, int64_t row,
-                                 int64_t part) {
+static inline void REAL(close_backward)(const REAL(block) *b, const halo_attention_queries *a,
+                                        int64_t row, int64_t part) {
   const int64_t rows = a->n_batch * a->n_heads * a->block * a->n_blocks;
   acc *dq = (acc *)a->dq + (part * rows + row) * b->D;
   for (int64_t r = 0; r < b->G; r++) {

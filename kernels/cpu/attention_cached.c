@@ -1,4 +1,5 @@
-/* attention_cached: a few queries meet the keys of a cache (generation, one step or a chunk of one).
+/* attention_cached: a few queries meet the keys of a cache (generation, one step or a chunk of
+ * one).
  *
  * maths     attention_block.h
  * shapes    q, out [B,Tq,H,D]; k, v [B,capacity,Hk,D], of which the first `length` keys count; lse

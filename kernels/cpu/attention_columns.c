@@ -71,11 +71,11 @@ static void REAL(meet_batch)(REAL(block) *b, REAL(batch) *batch, acc scale, acc 
   batch->n = 0;
 }
 
-/* One block of queries of (batch, head) u meets the columns of its row that belong to `part`; dk, dv
- * hold the gradients of u's columns, NULL in forward. */
+/* One block of queries of (batch, head) u meets the columns of its row that belong to `part`; dk,
+ * dv hold the gradients of u's columns, NULL in forward. */
 static void REAL(meet_columns)(REAL(block) *b, const halo_attention_queries *a,
-                               const halo_attention_columns *c, int64_t u, int64_t row, int64_t part,
-                               int64_t n_parts, acc *dk, acc *dv) {
+                               const halo_attention_columns *c, int64_t u, int64_t row,
+                               int64_t part, int64_t n_parts, acc *dk, acc *dv) {
   const int32_t *slot = c->slot + c->slot_offset[u];
   const int32_t *token = c->token + c->token_offset[a->pattern_of[u]];
   REAL(batch) batch = {0};
@@ -152,7 +152,8 @@ static halo_status REAL(columns_bwd)(const halo_attention_queries *a,
   const int64_t own = c->slot_offset[n_heads] * D;
   acc *scratch, *own_k = NULL;
   HALO_TRY(halo__scratch((void **)&scratch, each * omp_get_max_threads(), sizeof(acc)));
-  const halo_status status = halo__alloc_zero((void **)&own_k, 2 * own * (int64_t)sizeof(acc), HALO_CPU);
+  const halo_status status =
+      halo__alloc_zero((void **)&own_k, 2 * own * (int64_t)sizeof(acc), HALO_CPU);
   if (status != HALO_OK) {
     halo__free(scratch);
     return status;

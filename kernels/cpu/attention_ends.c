@@ -5,10 +5,11 @@
  *   delta      sum_d out_d grad_d       (the softmax's own gradient, FlashAttention-2 eq. 4)
  *   dq_finish  dq = sum of the parts, in part order
  *   merge      with a = lse, b = lse_part, c = max(a, b):
- *              o = (e^(a-c) o + e^(b-c) o_part) / (e^(a-c) + e^(b-c)),  lse = c + log(e^(a-c) + e^(b-c))
+ *              o = (e^(a-c) o + e^(b-c) o_part) / (e^(a-c) + e^(b-c)), lse = c + log(e^(a-c) +
+ *              e^(b-c))
  *
  * shapes    o, dq parts [B,H,T,D] acc; m, l, delta, lse [B,H,T] acc; out, dq strided [B,T,H,D]
- * numbers   merge takes exponents in fp64: it is bound by memory, and W merges must not add up errors
+ * numbers merge takes exponents in fp64: it is bound by memory, and W merges must not add up errors
  * twin      kernels/cuda/attention_ends.cu
  */
 #define HALO_EACH_REAL_FILE "cpu/attention_ends.c"

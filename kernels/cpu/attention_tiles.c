@@ -3,11 +3,11 @@
  * maths     attention_block.h
  * shapes    q, o [B,T,H,D]; k, v [B,Hk,T,D]; state [B,H,T]; T = block * n_blocks
  * lists     row pattern * n_blocks + query block -> runs of key blocks (core/plan.h)
- * tasks     forward: one (batch, head, query block) each, any thread. Backward: one (batch, key/value
+ * tasks forward: one (batch, head, query block) each, any thread. Backward: one (batch, key/value
  *           head, head part, key part) each. A head part has a run of the group's query heads and a
- *           dk, dv of its own; key part p of P owns key blocks p, p + P, ... and has a dq of its own.
- *           So no two tasks write the same memory, and sums run in one order, over query blocks, heads
- *           and parts, whatever the number of threads.
+ *           dk, dv of its own; key part p of P owns key blocks p, p + P, ... and has a dq of its
+ *           own. So no two tasks write the same memory, and sums run in one order, over query
+ *           blocks, heads and parts, whatever the number of threads.
  * gradient  dk, dv are written (=), dq is added to (+=)
  * work      4 G G D flops a tile and head forward, 10 G G D backward
  * twin      kernels/cuda/attention_tiles.cu
@@ -41,8 +41,8 @@ static const acc *REAL(rows_view)(const real *rows, acc *buffer, int64_t n, int6
   return buffer;
 }
 
-/* One block of queries meets the tiles of its row; key blocks of other parts are left out. Backward,
- * gradients of the keys are added to dk_all, dv_all [B,Hk,T,D]; they are NULL forward. */
+/* One block of queries meets the tiles of its row; key blocks of other parts are left out.
+ * Backward, gradients of the keys are added to dk_all, dv_all [B,Hk,T,D]; they are NULL forward. */
 static void REAL(meet_row)(REAL(block) *b, const halo_attention_tiles *tiles, int64_t row,
                            int64_t kv_row, int64_t part, int64_t n_parts, acc scale, acc *dk_all,
                            acc *dv_all) {
@@ -142,8 +142,10 @@ static halo_status REAL(tiles_bwd)(const halo_attention_queries *a,
   const int64_t T = a->block * a->n_blocks, group = a->n_heads / a->n_kv_heads;
   const int64_t n_kv = a->n_batch * a->n_kv_heads, count = n_kv * T * a->head_size;
   const int64_t head_parts = a->n_head_parts, n_threads = omp_get_max_threads();
-  acc *scratch; // threads' blocks, then dk, dv of head parts 1, 2, ...; part 0 has the result itself
-  HALO_TRY(halo__scratch((void **)&scratch, each * n_threads + 2 * count * (head_parts - 1), sizeof(acc)));
+  acc *
+      scratch; // threads' blocks, then dk, dv of head parts 1, 2, ...; part 0 has the result itself
+  HALO_TRY(halo__scratch((void **)&scratch, each * n_threads + 2 * count * (head_parts - 1),
+                         sizeof(acc)));
   acc *more = scratch + each * n_threads;
   const bool share = REAL(is_worth_sharing)(a);
 #pragma omp parallel if (share)

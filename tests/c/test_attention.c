@@ -31,7 +31,9 @@ typedef struct result {
 } result;
 
 static double sample(int what, int64_t b, int64_t t, int64_t h, int64_t d) {
-  return 2 * halo_random_uniform(7, (uint64_t)what, (uint64_t)(((b * 4096 + t) * 64 + h) * 256 + d)) - 1;
+  return 2 * halo_random_uniform(7, (uint64_t)what,
+                                 (uint64_t)(((b * 4096 + t) * 64 + h) * 256 + d)) -
+         1;
 }
 
 /* q, k, v and the output's gradient, for all tokens. */
@@ -129,8 +131,8 @@ static void add(double *y, double factor, const double *x, int64_t n) {
 }
 
 /* One query row: forward, then its share of all gradients. x: the tables of q, k, v, grad. */
-static void oracle_row(const test_case *c, const halo_plan *p, result *r, double *const *x, int64_t b,
-                       int64_t h, int64_t i, double *weight) {
+static void oracle_row(const test_case *c, const halo_plan *p, result *r, double *const *x,
+                       int64_t b, int64_t h, int64_t i, double *weight) {
   const int64_t kv = h / (c->H / c->Hk), D = c->D, at = ((b * c->N + i) * c->H + h) * D;
   const int64_t step = c->Hk * D, first = (b * c->N * c->Hk + kv) * D; // key j at first + j * step
   const double *q = x[Q] + at, *g = x[GRAD] + at, *k = x[K] + first, *v = x[V] + first;
@@ -163,7 +165,8 @@ static void oracle_row(const test_case *c, const halo_plan *p, result *r, double
 static result oracle(const test_case *c, const halo_plan *p) {
   result r = result_new(c);
   double *weight = zeros(c->N), *x[4];
-  for (int what = 0; what < 4; what++) x[what] = table(c, what, what == K || what == V ? c->Hk : c->H);
+  for (int what = 0; what < 4; what++)
+    x[what] = table(c, what, what == K || what == V ? c->Hk : c->H);
   for (int64_t b = 0; b < c->B; b++) {
     for (int64_t h = 0; h < c->H; h++) {
       for (int64_t i = 0; i < c->N; i++) oracle_row(c, p, &r, x, b, h, i, weight);
@@ -174,11 +177,11 @@ static result oracle(const test_case *c, const halo_plan *p) {
   return r;
 }
 
-/* ---- running on a ring -------------------------------------------------------------------------- */
+/* ---- running on a ring ---------------------------------------------------------------------- */
 
 /* A tensor [B, here*T, heads, D] of the tokens that live here; padding tokens get `padding`. */
-static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo_ring *ring, int what,
-                            int64_t heads, double padding) {
+static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo_ring *ring,
+                            int what, int64_t heads, double padding) {
   const int64_t T = halo_layout_local_tokens(l), here = halo_ring_here(ring);
   const int64_t shape[4] = {c->B, here * T, heads, c->D};
   halo_tensor *t;
@@ -291,7 +294,8 @@ static tensors run(const test_case *c, const halo_layout *l, halo_ring *ring, ha
   return t;
 }
 
-static const char *const plan_names[] = {"dense", "sparse", "columns", "documents", "mixed", "holes"};
+static const char *const plan_names[] = {"dense",     "sparse", "columns",
+                                         "documents", "mixed",  "holes"};
 static int64_t n_runs;
 static double worst_error[2]; /* fp32, fp64 */
 
@@ -317,12 +321,13 @@ static void compare(const test_case *c, halo_comm *comm, int kind, int schedule,
   }
   CHECK(ok);
   if (!ok) {
-    fprintf(stderr,
-            "  %s N=%lld H=%lld/%lld D=%lld G=%lld %s W=%d layout %d schedule %d inner %d: out %.2e "
-            "lse %.2e dq %.2e dk %.2e dv %.2e\n",
-            plan_names[c->plan], (long long)c->N, (long long)c->H, (long long)c->Hk, (long long)c->D,
-            (long long)c->G, halo_dtype_name(c->dtype), halo_comm_size(comm), kind, schedule, inner,
-            error[0], error[1], error[2], error[3], error[4]);
+    fprintf(
+        stderr,
+        "  %s N=%lld H=%lld/%lld D=%lld G=%lld %s W=%d layout %d schedule %d inner %d: out %.2e "
+        "lse %.2e dq %.2e dk %.2e dv %.2e\n",
+        plan_names[c->plan], (long long)c->N, (long long)c->H, (long long)c->Hk, (long long)c->D,
+        (long long)c->G, halo_dtype_name(c->dtype), halo_comm_size(comm), kind, schedule, inner,
+        error[0], error[1], error[2], error[3], error[4]);
   }
   n_runs++;
   tensors_free(&t);
@@ -382,8 +387,8 @@ static void ring_equals_definition(void) {
     }
     result_free(&truth);
   }
-  fprintf(stderr, "  %lld runs, worst error fp32 %.2e, fp64 %.2e\n", (long long)n_runs, worst_error[0],
-          worst_error[1]);
+  fprintf(stderr, "  %lld runs, worst error fp32 %.2e, fp64 %.2e\n", (long long)n_runs,
+          worst_error[0], worst_error[1]);
 }
 
 /* Head sizes and blocks around the vector and panel widths. */
@@ -419,8 +424,8 @@ static void large_logits(void) {
   result_free(&truth);
 }
 
-/* The error must not grow with the number of ranks: partial results that were rounded to the storage
- * type at every step would show here (distributed.md 3). */
+/* The error must not grow with the number of ranks: partial results that were rounded to the
+ * storage type at every step would show here (distributed.md 3). */
 static void bf16_error_is_flat(void) {
   test_case c = {DENSE, 1, 128, 2, 1, 16, 4, HALO_BF16, 2};
   double first = 0;
@@ -435,21 +440,25 @@ static void bf16_error_is_flat(void) {
     halo_plan *plan = make_plan(&c, l);
     tensors t = run(&c, l, ring, plan);
     tensors exact = {0};
-    halo_tensor *from[4] = {t.q, t.k, t.v, t.grad}, **to[4] = {&exact.q, &exact.k, &exact.v, &exact.grad};
+    halo_tensor *from[4] = {t.q, t.k, t.v, t.grad},
+                **to[4] = {&exact.q, &exact.k, &exact.v, &exact.grad};
     for (int i = 0; i < 4; i++) {
       CHECK_OK(halo_tensor_new(to[i], HALO_F64, HALO_CPU, 4, from[i]->shape));
       CHECK_OK(halo_tensor_copy(*to[i], from[i]));
       if (i < 3) CHECK_OK(halo_tensor_require_grad(*to[i], 1));
     }
-    CHECK_OK(halo_attention(&exact.out, &exact.lse, exact.q, exact.k, exact.v, plan, ring, scale_of(&c)));
+    CHECK_OK(halo_attention(&exact.out, &exact.lse, exact.q, exact.k, exact.v, plan, ring,
+                            scale_of(&c)));
     CHECK_OK(backward(exact.out, exact.grad));
     double error = 0;
-    halo_tensor *got[4] = {t.out, halo_tensor_grad(t.q), halo_tensor_grad(t.k), halo_tensor_grad(t.v)};
+    halo_tensor *got[4] = {t.out, halo_tensor_grad(t.q), halo_tensor_grad(t.k),
+                           halo_tensor_grad(t.v)};
     halo_tensor *want[4] = {exact.out, halo_tensor_grad(exact.q), halo_tensor_grad(exact.k),
                             halo_tensor_grad(exact.v)};
     for (int i = 0; i < 4; i++) {
       double *x = elements(got[i]), *y = elements(want[i]);
-      for (int64_t j = 0; j < halo_tensor_count(got[i]); j++) error = fmax(error, fabs(x[j] - y[j]));
+      for (int64_t j = 0; j < halo_tensor_count(got[i]); j++)
+        error = fmax(error, fabs(x[j] - y[j]));
       free(x);
       free(y);
     }
@@ -552,7 +561,8 @@ static void gradients_match_differences(void) {
   halo_comm_free(comm);
 }
 
-/* ---- one process only ---------------------------------------------------------------------------- */
+/* ---- one process only
+ * ---------------------------------------------------------------------------- */
 
 /* q, k, v as slices of one fused [B,T,(H+2Hk)*D] tensor, as a fused projection gives them, and an
  * output gradient with odd strides. */
@@ -568,15 +578,17 @@ static void strided_inputs(void) {
   tensors plain = run(&c, l, ring, plan), t = {0};
   const int64_t T = plain.q->shape[1], heads = c.H + 2 * c.Hk, row = heads * c.D;
   const int64_t fused_shape[4] = {c.B, T, heads, c.D}, wide_shape[4] = {c.D, c.H, T, c.B};
-  const int64_t stride[4] = {T * row, row, c.D, 1}, wide_stride[4] = {1, c.B, T * c.B, c.H * T * c.B};
+  const int64_t stride[4] = {T * row, row, c.D, 1},
+                wide_stride[4] = {1, c.B, T * c.B, c.H * T * c.B};
   halo_tensor *fused, *wide;
   CHECK_OK(halo_tensor_new(&fused, HALO_F64, HALO_CPU, 4, fused_shape));
   CHECK_OK(halo_tensor_new(&wide, HALO_F64, HALO_CPU, 4, wide_shape));
-  halo_tensor **to[4] = {&t.q, &t.k, &t.v, &t.grad}, *from[4] = {plain.q, plain.k, plain.v, plain.grad};
+  halo_tensor **to[4] = {&t.q, &t.k, &t.v, &t.grad};
+  halo_tensor *from[4] = {plain.q, plain.k, plain.v, plain.grad};
   const int64_t offset[3] = {0, c.H * c.D, (c.H + c.Hk) * c.D};
   for (int i = 0; i < 4; i++) {
-    CHECK_OK(halo__view(to[i], i < 3 ? fused : wide, 4, from[i]->shape, i < 3 ? stride : wide_stride,
-                        i < 3 ? offset[i] : 0));
+    CHECK_OK(halo__view(to[i], i < 3 ? fused : wide, 4, from[i]->shape,
+                        i < 3 ? stride : wide_stride, i < 3 ? offset[i] : 0));
     CHECK_OK(halo_tensor_copy(*to[i], from[i]));
     if (i < 3) CHECK_OK(halo_tensor_require_grad(*to[i], 1));
   }
@@ -615,7 +627,9 @@ static void work_is_traced(void) {
     if (strstr(row.name, "attention") != NULL) traced += row.flops;
   }
   CHECK(total > 0 && fabs(traced - 3.5 * total) <= 1e-9 * total);
-  if (fabs(traced - 3.5 * total) > 1e-9 * total) fprintf(stderr, "  %g traced, %g planned\n", traced, total);
+  if (fabs(traced - 3.5 * total) > 1e-9 * total) {
+    fprintf(stderr, "  %g traced, %g planned\n", traced, total);
+  }
   tensors_free(&t);
   halo_plan_free(plan);
   halo_ring_free(ring);
@@ -666,7 +680,9 @@ static void merges(void) {
 
 /* Decoding against a cache that is dealt to two owners and merged equals the dense rows. */
 static void cached_equals_dense(void) {
-  static const struct { int64_t H, Hk, D, Tq; } shapes[] = {{4, 2, 8, 3}, {6, 6, 20, 1}, {8, 1, 64, 19}};
+  static const struct {
+    int64_t H, Hk, D, Tq;
+  } shapes[] = {{4, 2, 8, 3}, {6, 6, 20, 1}, {8, 1, 64, 19}};
   for (int i = 0; i < 3; i++) {
     test_case c = {DENSE, 2, 151, shapes[i].H, shapes[i].Hk, shapes[i].D, 4, HALO_F64, 2};
     const int64_t Tq = shapes[i].Tq, first_query = c.N - Tq, capacity = 100;
@@ -676,16 +692,20 @@ static void cached_equals_dense(void) {
       halo_tensor *q, *out = NULL, *lse = NULL, *query_at;
       CHECK_OK(halo_tensor_new(&q, dtype, HALO_CPU, 4, (const int64_t[]){c.B, Tq, c.H, c.D}));
       CHECK_OK(halo_tensor_new(&query_at, HALO_I64, HALO_CPU, 1, &Tq));
-      for (int64_t t = 0; t < Tq; t++) CHECK_OK(halo_tensor_set(query_at, t, (double)(first_query + t)));
+      for (int64_t t = 0; t < Tq; t++) {
+        CHECK_OK(halo_tensor_set(query_at, t, (double)(first_query + t)));
+      }
       for (int64_t j = 0; j < halo_tensor_count(q); j++) {
-        const int64_t d = j % c.D, h = j / c.D % c.H, t = j / c.D / c.H % Tq, b = j / c.D / c.H / Tq;
+        const int64_t d = j % c.D, h = j / c.D % c.H;
+        const int64_t t = j / c.D / c.H % Tq, b = j / c.D / c.H / Tq;
         CHECK_OK(halo_tensor_set(q, j, value(&c, Q, b, first_query + t, h, d)));
       }
       for (int64_t owner = 0; owner < 2; owner++) { // tokens owner, owner + 2, ...
         const int64_t length = (c.N - owner + 1) / 2;
         halo_tensor *k, *v, *at, *o, *l;
-        CHECK_OK(halo_tensor_zeros(&k, dtype, HALO_CPU, 4, (const int64_t[]){c.B, capacity, c.Hk, c.D}));
-        CHECK_OK(halo_tensor_zeros(&v, dtype, HALO_CPU, 4, (const int64_t[]){c.B, capacity, c.Hk, c.D}));
+        const int64_t cache[4] = {c.B, capacity, c.Hk, c.D};
+        CHECK_OK(halo_tensor_zeros(&k, dtype, HALO_CPU, 4, cache));
+        CHECK_OK(halo_tensor_zeros(&v, dtype, HALO_CPU, 4, cache));
         CHECK_OK(halo_tensor_zeros(&at, HALO_I64, HALO_CPU, 1, &capacity));
         for (int64_t j = 0; j < c.B * length * c.Hk * c.D; j++) {
           const int64_t d = j % c.D, h = j / c.D % c.Hk, x = j / c.D / c.Hk % length;
@@ -707,7 +727,8 @@ static void cached_equals_dense(void) {
             CHECK_OK(halo_tensor_get(o, j, &x));
             CHECK(x == 0);
           }
-          CHECK_STATUS(halo_attention_cached(&o, NULL, q, k, v, capacity + 1, at, query_at, 1), HALO_EARG);
+          CHECK_STATUS(halo_attention_cached(&o, NULL, q, k, v, capacity + 1, at, query_at, 1),
+                       HALO_EARG);
           halo_tensor_free(o);
           halo_tensor_free(l);
         }
@@ -732,8 +753,8 @@ static void cached_equals_dense(void) {
   }
 }
 
-/* A NaN reaches every row that sees it, and no block before its own. Inside its block it may reach rows
- * before it: 0 * NaN is NaN. */
+/* A NaN reaches every row that sees it, and no block before its own. Inside its block it may reach
+ * rows before it: 0 * NaN is NaN. */
 static void nan_is_not_swallowed(void) {
   test_case c = {SPARSE, 1, 45, 2, 1, 8, 4, HALO_F32, 2};
   halo_comm *comm;

@@ -128,8 +128,8 @@ static void gathers_and_exchanges(void) {
   drop(out);
 }
 
-/* Two messages between one pair, on one channel and on two: order within, independence between. In a
- * ring of two, next and previous are the same peer, where a mixed-up pair would show. */
+/* Two messages between one pair, on one channel and on two: order within, independence between. In
+ * a ring of two, next and previous are the same peer, where a mixed-up pair would show. */
 static void transfers_pair_in_order(void) {
   int W = halo_comm_size(comm), here = halo_comm_here(comm);
   buffers send = make(8), recv = make(8);

@@ -39,7 +39,8 @@ static int64_t undetected(int schedule, int W, int L, bool is_backward, int64_t 
   for (int r = 0; r < W; r++) {
     for (int k = 0; k < tables[r]->n_rows; k++) {
       halo__schedule_row *row = &tables[r]->rows[k], saved = *row;
-      int32_t *fields[] = {&row->source, &row->to, &row->from, &row->slot, &row->slot_in, &row->event};
+      int32_t *fields[] = {&row->source, &row->to,      &row->from,
+                           &row->slot,   &row->slot_in, &row->event};
       for (int f = 0; f < 6; f++) {
         int32_t value = *fields[f];
         if (value < 0) continue; // not used by this kind of row
@@ -98,10 +99,10 @@ static void the_checker_sees_every_fault(void) {
   fprintf(stderr, "  %lld faults planted\n", (long long)tried);
 }
 
-/* ---- the executor ----------------------------------------------------------------------------- */
+/* ---- the executor --------------------------------------------------------------------------- */
 
-/* Keys of rank r are {r + 1}; a step's gradient of source s is 10^s * (rank + 1)-like, so that the sum
- * at the end tells which parts arrived. */
+/* Keys of rank r are {r + 1}; a step's gradient of source s is 10^s * (rank + 1)-like, so that the
+ * sum at the end tells which parts arrived. */
 typedef struct probe {
   int W, computed[MAX_WORLD][MAX_WORLD], columns[3];
   int fail_at_source;
@@ -128,7 +129,9 @@ static halo_status probe_store(void *context, int32_t here, void *dkv) {
 }
 
 static halo_status probe_fetch(void *context) { return ((probe *)context)->columns[0]++, HALO_OK; }
-static halo_status probe_columns(void *context) { return ((probe *)context)->columns[1]++, HALO_OK; }
+static halo_status probe_columns(void *context) {
+  return ((probe *)context)->columns[1]++, HALO_OK;
+}
 static halo_status probe_return(void *context) { return ((probe *)context)->columns[2]++, HALO_OK; }
 
 static void a_pass_delivers(void) {
