@@ -1,15 +1,14 @@
 --- `halo bench attention`: dense and sparse attention, forward and backward, side by side.
 --
--- One rank, fp32, N(0,1) inputs; the median of the repeats after one warm-up. Flops are those of the
--- tiles and columns that are computed, 4 D a pair forward and 10 D backward; kept is the share of causal
--- pairs. The rate of the matrix product in the same run is the bound to compare with.
-local args = require "halo.args"
+-- One rank, fp32, N(0,1) inputs. Flops are those of the tiles and columns that are computed, 4 D a pair
+-- forward and 10 D backward; kept is the share of causal pairs. The yardstick is plain BLAS on a product of
+-- 1024^3, the three cases and it taking turns.
 local attention = require "halo.attention"
+local bench = require "halo.bench"
 local comms = require "halo.comm"
 local halo_ffi = require "halo.ffi"
 local layouts = require "halo.layout"
 local plans = require "halo.plan"
-local progress = require "halo.progress"
 local rings = require "halo.ring"
 local tensor = require "halo.tensor"
 
@@ -21,11 +20,6 @@ local M = {
   options = { tokens = { "int", 8192 }, heads = { "int", 12 }, kv_heads = { "int", 12 }, head_dim = { "int", 64 },
     block = { "int", 64 }, kept = { "number", 0.1 }, repeats = { "int", 3 } },
 }
-
-local function median(list)
-  table.sort(list)
-  return list[math.floor(#list / 2) + 1]
-end
 
 local function dice(stream, index, n) return math.floor(C.halo_random_uniform(1, stream, index) * n) end
 
@@ -64,35 +58,27 @@ kinds[3] = { name = "vertical-slash", fill = function(p, o)
   p:force { sink = 16, window = 2 * o.block }
 end }
 
--- GFLOP/s of an n^3 product in this run.
-local function product_rate(n, repeats)
-  local a, b = tensor.normal { n, n, seed = 1 }, tensor.normal { n, n, seed = 2 }
-  local seconds = {}
-  for i = 0, repeats do
-    local started = progress.clock()
-    a:matmul(b):free()
-    if i > 0 then seconds[i] = progress.clock() - started end
+-- Flops of one forward pass of a plan, counted after rounding to tiles.
+local function flops_of(plan, head_dim)
+  local flops = 0
+  for _, row in ipairs(plan:work(head_dim)) do
+    for _, f in ipairs(row) do flops = flops + f end
   end
-  return 2 * n ^ 3 / median(seconds) / 1e9
+  return flops
 end
 
-local Result = {}
-Result.__index = Result
+-- BLAS on n^3, as a function to time and its flops.
+local function product(n)
+  local a, b, c = tensor.normal { n, n, seed = 1 }, tensor.normal { n, n, seed = 2 }, tensor.new { n, n }
+  local o = { a = a:pointer(), b = b:pointer(), c = c:pointer(), m = n, n = n, k = n, keep = { a, b, c } }
+  return function() bench.sgemm(o) end, 2 * n ^ 3
+end
 
---- Run.
--- @tparam[opt] table o named arguments
--- @tparam[opt=8192] int o.tokens
--- @tparam[opt=12] int o.heads
--- @tparam[opt=12] int o.kv_heads
--- @tparam[opt=64] int o.head_dim
--- @tparam[opt=64] int o.block
--- @tparam[opt=0.1] number o.kept share of causal pairs that the sparse cases aim at
--- @tparam[opt=3] int o.repeats
+--- Run; `options` has the arguments.
 -- @treturn table `rows` (name, kept, forward_ms, backward_ms, forward_gflops, backward_gflops, speedup),
---   `product_gflops` and the sizes; prints as a table, and is plain data for JSON
--- @usage print(require("halo.bench.attention").run { tokens = 4096 })
+--   `product_gflops` and the sizes
+-- @usage print(require("halo.bench").run("attention", { tokens = 4096 }))
 function M.run(o)
-  o = args.named("bench.attention", o or {}, M.options)
   local comm = comms.self()
   local ring = rings.new { comm = comm }
   local layout = layouts.new { kind = "contiguous", tokens = o.tokens, block = o.block }
@@ -102,52 +88,49 @@ function M.run(o)
   end
   local q, k, v = random(o.heads, 1, true), random(o.kv_heads, 2, true), random(o.kv_heads, 3, true)
   local grad = random(o.heads, 4)
-  local result = setmetatable({ rows = {}, threads = C.halo_threads() }, Result)
-  for name, value in pairs(o) do result[name] = value end
+  local cases = {}
   for i, kind in ipairs(kinds) do
     local plan = plans.new { layout = layout, heads = o.heads }
     kind.fill(plan, o)
-    plan:finish()
-    local forward, backward = {}, {}
-    for r = 0, o.repeats do
-      local t0 = progress.clock()
-      local out, lse = attention.attend { q = q, k = k, v = v, plan = plan, ring = ring }
-      local t1 = progress.clock()
+    cases[i] = { name = kind.name, plan = plan:finish(), forward = math.huge, backward = math.huge }
+  end
+  local multiply, product_flops = product(1024)
+  local product_seconds = math.huge
+  for r = 0, o.repeats do
+    for _, c in ipairs(cases) do
+      local t0 = bench.clock()
+      local out, lse = attention.attend { q = q, k = k, v = v, plan = c.plan, ring = ring }
+      local t1 = bench.clock()
       out:backward(grad)
-      local t2 = progress.clock()
+      local t2 = bench.clock()
       out:free()
       lse:free()
-      if r > 0 then forward[r], backward[r] = t1 - t0, t2 - t1 end
+      if r > 0 then c.forward, c.backward = math.min(c.forward, t1 - t0), math.min(c.backward, t2 - t1) end
     end
-    local flops = 0
-    for _, row in ipairs(plan:work(o.head_dim)) do
-      for _, f in ipairs(row) do flops = flops + f end
-    end
-    local f, b = median(forward), median(backward)
-    local row = { name = kind.name, kept = plan:density(), gflop_forward = flops / 1e9, forward_ms = 1e3 * f,
-      backward_ms = 1e3 * b, forward_gflops = flops / f / 1e9, backward_gflops = 2.5 * flops / b / 1e9 }
-    local dense = result.rows[1] or row
-    row.speedup = (dense.forward_ms + dense.backward_ms) / (row.forward_ms + row.backward_ms)
-    result.rows[i] = row
+    product_seconds = math.min(product_seconds, bench.fastest(2, multiply))
   end
   comm:close()
-  result.product_gflops = product_rate(2048, o.repeats)
-  return result
-end
-
-Result.__tostring = function(self)
-  local lines = {
-    ("attention fp32, %d tokens, %d/%d heads of %d, blocks of %d, %d thread%s"):format(self.tokens, self.heads,
-      self.kv_heads, self.head_dim, self.block, self.threads, self.threads == 1 and "" or "s"),
-    ("%-16s %7s %11s %9s %11s %9s %9s"):format("", "kept", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s",
-      "speed-up"),
-  }
-  for _, r in ipairs(self.rows) do
-    lines[#lines + 1] = ("%-16s %6.1f%% %11.1f %9.1f %11.1f %9.1f %8.2fx"):format(r.name, 100 * r.kept, r.forward_ms,
-      r.forward_gflops, r.backward_ms, r.backward_gflops, r.speedup)
+  local data = { rows = {}, product_gflops = product_flops / product_seconds / 1e9 }
+  for name, value in pairs(o) do data[name] = value end
+  local lines = {}
+  local dense = cases[1].forward + cases[1].backward
+  for i, c in ipairs(cases) do
+    local flops = flops_of(c.plan, o.head_dim)
+    local row = { name = c.name, kept = c.plan:density(), gflop_forward = flops / 1e9, forward_ms = 1e3 * c.forward,
+      backward_ms = 1e3 * c.backward, forward_gflops = flops / c.forward / 1e9,
+      backward_gflops = 2.5 * flops / c.backward / 1e9, speedup = dense / (c.forward + c.backward) }
+    data.rows[i] = row
+    lines[i] = { row.name, ("%.1f %%"):format(100 * row.kept), ("%.1f"):format(row.forward_ms),
+      ("%.1f"):format(row.forward_gflops), ("%.1f"):format(row.backward_ms), ("%.1f"):format(row.backward_gflops),
+      ("%.2f x"):format(row.speedup) }
   end
-  lines[#lines + 1] = ("matrix product 2048^3: %.1f GFLOP/s in the same run"):format(self.product_gflops)
-  return table.concat(lines, "\n")
+  return bench.result(data, {
+    title = ("attention, fp32, %d tokens, %d/%d heads of %d, blocks of %d"):format(o.tokens, o.heads, o.kv_heads,
+      o.head_dim, o.block),
+    columns = { "plan", "kept", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s", "speed-up" },
+    rows = lines,
+    notes = { ("sgemm 1024^3 in the same run: %.1f GFLOP/s"):format(data.product_gflops) },
+  })
 end
 
 return M
