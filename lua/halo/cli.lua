@@ -66,7 +66,7 @@ local function report(e, trace)
   if e.hint then lines[#lines + 1] = "  try: " .. e.hint end
   if trace and e.traceback then
     lines[#lines + 1] = e.traceback
-  elseif e.class == "internal" and (is_ours or not e.where) then
+  elseif e.class == "internal" and (is_ours or not tostring(e):find "^[^\n:]+%.lua:%d+:") then
     lines[#lines + 1] = "  (--trace shows where)"
   end
   -- Usage errors are the same on every rank; any other error may be one rank's alone.

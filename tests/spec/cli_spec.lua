@@ -237,6 +237,16 @@ describe("halo run", function()
     has("wants 2 ranks, this job has 4; try mesh.cp=4", err)
   end)
 
+  it("ends all ranks when one of them fails, and says which", function()
+    local text = fs.read(dir .. "/small.lua"):gsub("stages =",
+      'every = { [2] = function(run) if run.job.rank == 1 then error "planted" end end },\n  stages =')
+    fs.write(dir .. "/planted.lua", text)
+    local code, _, err = run { "run", dir .. "/planted.lua", "--out", dir .. "/planted" }
+    assert.equal(70, code)
+    has("error: rank 1: ", err)
+    has("planted.lua:7: planted", err)
+  end)
+
   it("is drawn by plot and shown by inspect", function()
     local code, out = run { "plot", folder }
     assert.equal(0, code)
