@@ -173,9 +173,9 @@ describe("golden models of Transformers", function()
       end
 
       -- Ten AdamW steps; returns the model.
-      local function train(world, dtype)
+      local function train(world, dtype, everything)
         local m = model.from_hf(dir, { dtype = dtype })
-        local attend = new_attend(m, world, false)
+        local attend = new_attend(m, world, everything)
         local opt = optim.adamw(m.parameters, { betas = settings.betas, eps = settings.eps,
           decay = settings.weight_decay })
         local losses, norms = values(golden:read "train_losses"), values(golden:read "train_grad_norms")
@@ -207,9 +207,10 @@ describe("golden models of Transformers", function()
       local bounds = { f64 = 1e-4, f32 = 3e-4 }
 
       it("trains ten AdamW steps and generates as Transformers does", function()
-        for _, case in ipairs { { 1, "f32" }, { 2, "f32" }, { 1, "f64" }, { 4, "f64" } } do
-          local world, dtype = unpack(case)
-          local m = train(world, dtype)
+        for _, case in ipairs { { 1, "f32" }, { 2, "f32" }, { 4, "f32", true }, { 1, "f64" }, { 2, "f64" }, { 4, "f64" },
+          { 1, "f64", true }, { 2, "f64", true }, { 4, "f64", true } } do
+          local world, dtype, everything = unpack(case)
+          local m = train(world, dtype, everything)
           for _, p in ipairs(m.parameters) do
             local difference = relative(p.tensor, golden:read("final." .. p.name))
             assert.is_true(difference < bounds[dtype],
@@ -221,7 +222,7 @@ describe("golden models of Transformers", function()
           local g, total = values(golden:read "greedy_output")
           for i = n + 1, total do expected[i - n] = g[i - 1] end -- the output repeats the prompt
           local out = generate.run { model = m, ids = prompt, tokens = #expected,
-            attending = world > 1 and new_attend(m, world, false) or nil }
+            attending = new_attend(m, world, everything) }
           assert.are.same(expected, out)
         end
       end)
