@@ -137,10 +137,10 @@ end
 -- Parts of the state that are files of their own, so that people find them.
 local state_files = { data = "data.json", rng = "rng.json" }
 
-local function put_everything(writer, o, state_text)
+local function put_everything(writer, o, tensors, state_text)
   if o.optimizer then put_optimizer(writer, o.optimizer) end
   if not is_first(o.comm) then return end
-  local weights = safetensors.writer(named_tensors(o.model, "checkpoint.save"), { dtype = o.dtype })
+  local weights = safetensors.writer(tensors, { dtype = o.dtype })
   local status = C.halo_checkpoint_put_weights(writer, weights, o.max_shard_bytes)
   C.halo_safetensors_writer_free(ffi.gc(weights, nil)) -- it holds the tensors
   check(status)
@@ -200,16 +200,15 @@ local save_fields = {
 -- @treturn ?string the reason; beside a folder: why old ones could not be removed
 function M.save(o)
   o = args.named("checkpoint.save", o, save_fields)
+  local tensors = named_tensors(o.model, "checkpoint.save")
   -- What can go wrong in Lua on one rank must not leave the others waiting: it becomes part of the vote.
   local prepared, texts = pcall(state_texts, o.state)
-  local made = true
-  if is_first(o.comm) then made = pcall(fs.mkdir, o.dir) end
-  local bytes = prepared and expected_bytes(o) or 1e6
-  local status = C.halo_checkpoint_begin(writer_slot, o.dir, o.step, handle_of(o.comm), bytes)
+  if is_first(o.comm) then pcall(fs.mkdir, o.dir) end -- begin says what is wrong with the folder
+  local status = C.halo_checkpoint_begin(writer_slot, o.dir, o.step, handle_of(o.comm), expected_bytes(o))
   if status ~= C.HALO_OK then return failed(status) end
   local writer = ffi.gc(writer_slot[0], C.halo_checkpoint_writer_free)
-  local ok, why = prepared and made, texts
-  if ok then ok, why = pcall(put_everything, writer, o, texts) end
+  local ok, why = prepared, texts
+  if ok then ok, why = pcall(put_everything, writer, o, tensors, texts) end
   if not ok then C.halo_checkpoint_fail(writer, C.HALO_ESTATE, tostring(why)) end
   status = C.halo_checkpoint_commit(writer, prepared and texts.rest or "{}")
   C.halo_checkpoint_writer_free(ffi.gc(writer, nil))

@@ -668,7 +668,7 @@ static void models_are_sharded(void) {
   halo_tensor *t[7];
   CHECK_OK(halo_safetensors_writer_new(&w));
   for (int i = 0; i < 7; i++) {
-    char name[16];
+    char name[32];
     snprintf(name, sizeof name, "layer.%d", i);
     t[i] = numbers(HALO_F32, 10, 10, 100.0 * i);
     CHECK_OK(halo_safetensors_writer_add(w, name, t[i], NULL));
