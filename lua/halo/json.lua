@@ -32,7 +32,35 @@ end
 local escapes = { ['"'] = '\\"', ["\\"] = "\\\\", ["\b"] = "\\b", ["\f"] = "\\f", ["\n"] = "\\n",
   ["\r"] = "\\r", ["\t"] = "\\t" }
 
+-- Shapes of valid UTF-8 sequences by first byte: byte count, and the range of the second byte (RFC 3629).
+local function sequence(byte)
+  if byte < 0xc2 then return nil end
+  if byte < 0xe0 then return 2, 0x80, 0xbf end
+  if byte < 0xf0 then return 3, byte == 0xe0 and 0xa0 or 0x80, byte == 0xed and 0x9f or 0xbf end
+  if byte < 0xf5 then return 4, byte == 0xf0 and 0x90 or 0x80, byte == 0xf4 and 0x8f or 0xbf end
+end
+
+-- JSON is text: bytes that are no UTF-8 (a byte-level model may say anything) become U+FFFD.
+local function valid_text(s)
+  if not s:find "[\128-\255]" then return s end
+  local out, i, n = {}, 1, #s
+  while i <= n do
+    local byte = s:byte(i)
+    local length, low, high = 1, nil, nil
+    if byte >= 0x80 then length, low, high = sequence(byte) end
+    local good = length ~= nil and i + length - 1 <= n
+    for k = 1, good and length - 1 or 0 do
+      local b = s:byte(i + k)
+      good = good and b >= (k == 1 and low or 0x80) and b <= (k == 1 and high or 0xbf)
+    end
+    out[#out + 1] = good and s:sub(i, i + length - 1) or "\239\191\189"
+    i = i + (good and length or 1)
+  end
+  return table.concat(out)
+end
+
 local function quote(s)
+  s = valid_text(s)
   return '"' .. s:gsub('[%z\1-\31"\\\127]', function(c)
     return escapes[c] or ("\\u%04x"):format(c:byte())
   end) .. '"'

@@ -6,6 +6,17 @@ local json = require "halo.json"
 local term = require "halo.term"
 
 describe("json", function()
+  it("writes text only: bytes that are no UTF-8 become U+FFFD", function()
+    local r = "\239\191\189"
+    assert.equal('"a' .. r .. 'b"', json.encode "a\180b")
+    assert.equal('"' .. r .. '"', json.encode "\195") -- cut short
+    assert.equal('"' .. r .. r .. r .. '"', json.encode "\237\160\128") -- a surrogate
+    assert.equal('"' .. r .. r .. '"', json.encode "\192\175") -- overlong
+    for _, good in ipairs { "\195\164", "\226\130\172", "\240\159\152\128", "plain" } do
+      assert.equal('"' .. good .. '"', json.encode(good))
+    end
+  end)
+
   it("writes sorted keys, so equal values give equal text", function()
     local a, b = {}, {}
     for i = 1, 40 do a["k" .. i] = i end
