@@ -331,44 +331,60 @@ local function staged(base, changes, group, place)
   return schema.merge(schema.copy(base), changes, place)
 end
 
-local function resolve_stages(recipe, out)
-  local values = schema.values_of(recipe)
-  local total_steps, total_tokens = 0, 0
-  local stages = {}
-  for i, node in ipairs(values.stages or {}) do
-    local place, set = schema.place_of(node), schema.values_of(node)
-    local stage = schema.resolve(node)
-    local per_step = stage.batch * stage.context
-    stage.name = stage.name or tostring(i)
-    stage.steps = stage.steps or math.ceil(stage.tokens / per_step)
-    if out.steps then stage.steps = math.min(stage.steps, out.steps - total_steps) end
-    if stage.steps < 1 then break end
-    stage.tokens = stage.steps * per_step
-    stage.first_step, stage.last_step = total_steps + 1, total_steps + stage.steps
-    total_steps, total_tokens = stage.last_step, total_tokens + stage.tokens
-    local attention = staged(recipe.attention, set.attention, "attention", place)
-    stage.attention = schema.resolve(attention)
-    stage.data = set.data and schema.resolve(staged(recipe.data, set.data, "data", place))
-    -- Each stage's scheme stays until another stage changes it.
-    local rope = staged(i > 1 and stages[i - 1].rope_node or recipe.model.rope, set.rope, "rope", place)
-    stage.rope_node = rope
-    stage.rope = rope and finish_rope(schema.resolve(rope), out.model, place) or out.model.rope
-    stages[i] = stage
+-- One stage in full, with its first and last step; `before` is the stage before it.
+local function resolve_stage(recipe, out, node, i, before)
+  local place, set = schema.place_of(node), schema.values_of(node)
+  local stage = schema.resolve(node)
+  local per_step = stage.batch * stage.context
+  stage.name = stage.name or tostring(i)
+  stage.steps = stage.steps or math.ceil(stage.tokens / per_step)
+  stage.tokens = stage.steps * per_step
+  stage.first_step = before and before.last_step + 1 or 1
+  stage.last_step = stage.first_step + stage.steps - 1
+  stage.attention = schema.resolve(staged(recipe.attention, set.attention, "attention", place))
+  stage.data = set.data and schema.resolve(staged(recipe.data, set.data, "data", place))
+  -- Each stage's scheme stays until another stage changes it.
+  local rope = staged(before and before.rope_node or recipe.model.rope, set.rope, "rope", place)
+  stage.rope_node = rope
+  stage.rope = rope and finish_rope(schema.resolve(rope), out.model, place) or out.model.rope
+  return stage
+end
+
+-- The rate of a stage: its own over its own steps, or the optimizer's over the whole run.
+local function resolve_rate(recipe, out, stage, last_step)
+  local own = stage.lr ~= nil
+  local lr = stage.lr or schema.resolve_value(out.optim.lr)
+  lr.first_step = own and stage.first_step or 1
+  lr.last_step = own and stage.last_step or last_step
+  local span = lr.last_step - lr.first_step + 1
+  if lr.steps > span then
+    schema.complain(recipe, ("stage %s: the rate rises for %d steps, but the %s has only %d"):format(stage.name,
+      lr.steps, own and "stage" or "run", span), "lr")
   end
-  for _, stage in ipairs(stages) do
-    stage.rope_node = nil
-    local own = stage.lr ~= nil
-    stage.lr = stage.lr or schema.resolve_value(out.optim.lr)
-    stage.lr.first_step = own and stage.first_step or 1
-    stage.lr.last_step = own and stage.last_step or total_steps
-    if stage.lr.steps > stage.lr.last_step - stage.lr.first_step + 1 then
-      schema.complain(recipe, ("stage %s: the rate rises for %d steps, but the %s has only %d"):format(stage.name,
-        stage.lr.steps, own and "stage" or "run", stage.lr.last_step - stage.lr.first_step + 1), "lr")
-    end
+  stage.lr, stage.rope_node = lr, nil
+end
+
+local function resolve_stages(recipe, out)
+  local stages = {}
+  for i, node in ipairs(schema.values_of(recipe).stages or {}) do
+    stages[i] = resolve_stage(recipe, out, node, i, stages[i - 1])
   end
   if #stages == 0 then schema.complain(recipe, "recipe needs at least one stage", "stages") end
-  out.stages = stages
-  out.total = { steps = total_steps, tokens = total_tokens }
+  local last_step = stages[#stages].last_step
+  for _, stage in ipairs(stages) do resolve_rate(recipe, out, stage, last_step) end
+  -- A trial of a few steps is the beginning of the run, with the rates of the whole.
+  local tokens, kept = 0, {}
+  last_step = math.min(last_step, out.steps or last_step)
+  for i, stage in ipairs(stages) do
+    if stage.first_step > last_step then break end
+    stage.last_step = math.min(stage.last_step, last_step)
+    stage.steps = stage.last_step - stage.first_step + 1
+    stage.tokens = stage.steps * stage.batch * stage.context
+    tokens = tokens + stage.tokens
+    kept[i] = stage
+  end
+  out.stages = kept
+  out.total = { steps = last_step, tokens = tokens }
 end
 
 -- A mix names its sources once.

@@ -273,10 +273,16 @@ describe("overrides", function()
     assert.equal(8, overridden("stages.2.rope.factor=8").stages[2].rope.factor)
   end)
 
-  it("cut a run short", function()
-    local r = overridden("stages=1", "steps=3", "optim.lr=1e-3", "optim.lr.steps=0")
+  it("cut a run short, and leave the rates as they are", function()
+    local whole, r = overridden(), overridden "steps=3"
     assert.equal(1, #r.stages)
     assert.equal(3, r.total.steps)
+    assert.equal(3 * 2 * 512, r.total.tokens)
+    assert.same(whole.stages[1].lr, r.stages[1].lr)
+    r = overridden "steps=7"
+    assert.equal(2, #r.stages)
+    assert.equal(2, r.stages[2].steps)
+    assert.equal(1, #overridden("stages=1").stages)
   end)
 
   it("swap the text of a mix and keep its other sources", function()
