@@ -85,6 +85,19 @@ end
 
 local function percent(x) return x and ("%.1f%%"):format(100 * x) or "-" end
 
+-- On a terminal that is too narrow for all of them, parts go in this order; a wrapped line reads worse.
+local least_needed = { "data", "mem", "mfu", "gnorm", "lr", "ring bal", "ctx", "density" }
+
+local function fit(parts, columns)
+  local function width() return term.length(table.concat(parts, " | ")) end
+  for _, word in ipairs(least_needed) do
+    for i = #parts, 1, -1 do
+      if width() > columns and parts[i]:sub(1, #word + 1) == word .. " " then table.remove(parts, i) end
+    end
+  end
+  return table.concat(parts, " | ")
+end
+
 -- The line of a record.
 local function line(self, r)
   -- Tokens to go at the pace of the last steps: stages differ in steps but little in tokens per second.
@@ -103,7 +116,7 @@ local function line(self, r)
   parts[#parts + 1] = ("data %.1f%%"):format(100 * (r.data_s or 0) / r.dt)
   parts[#parts + 1] = "mem " .. term.bytes(r.mem or 0)
   parts[#parts + 1] = "eta " .. term.duration(eta)
-  return table.concat(parts, " | ")
+  return term.is_tty(2) and fit(parts, term.width(2)) or table.concat(parts, " | ")
 end
 
 --- Write the console line of the last step.
