@@ -33,6 +33,7 @@
 #include <assert.h>
 
 #include "internal.h"
+#include "kernels.h" /* halo__span, halo__rows */
 
 /* ---- layout.c ------------------------------------------------------------------------------ */
 
@@ -52,20 +53,6 @@ void halo__layout_block_locate(const halo_layout *l, int64_t block, int32_t *ran
                                int64_t *local_out);
 
 /* ---- plan_slice.c: what one rank executes -------------------------------------------------- */
-
-/* `count` consecutive items from `first`. partial: some pair is not visible. */
-typedef struct halo__span {
-  int32_t first;
-  int32_t count;
-  int32_t partial;
-} halo__span;
-
-/* Row i is run[offset[i]] .. run[offset[i+1] - 1], ascending and disjoint. */
-typedef struct halo__rows {
-  int64_t n_rows;
-  int64_t *offset; /* [n_rows + 1] */
-  halo__span *run;
-} halo__rows;
 
 /* Tiles of (query rank, source rank). Row = pattern * per_rank + local block. */
 typedef struct halo__slice {

@@ -6,6 +6,10 @@
 
 #include "halo.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* One matrix, or a batch of them, in a product: rows `ld` elements apart, matrices `batch_stride`
  * elements apart (0: the same one for the whole batch). A transposed operand is used as its
  * transpose; the result never is. */
@@ -31,9 +35,24 @@ typedef struct halo_adamw_step_args {
   int64_t step;
 } halo_adamw_step_args;
 
-struct halo__rows; /* runs of blocks or columns per row, core/plan.h */
+/* `count` consecutive items from `first`. partial: some pair is not visible. */
+typedef struct halo__span {
+  int32_t first;
+  int32_t count;
+  int32_t partial;
+} halo__span;
 
-/* The query side of attention: what one rank's queries hold while they meet key after key. Blocks are
+/* Row i is run[offset[i]] .. run[offset[i+1] - 1], ascending and disjoint. */
+typedef struct halo__rows {
+  int64_t n_rows;
+  int64_t *offset; /* [n_rows + 1] */
+  halo__span *run;
+} halo__rows;
+
+/* On CUDA the arrays of the structs below are device memory; the structs themselves, halo__rows
+ * included, are host memory and are read before the call returns.
+ *
+ * The query side of attention: what one rank's queries hold while they meet key after key. Blocks are
  * of `block` tokens, T = block * n_blocks; `acc` is the arithmetic type of `dtype` (fp32 or fp64).
  * Query t and a key at position u meet when first[t] <= u <= position[t]; runs that are not partial
  * need no such test. */
@@ -53,9 +72,12 @@ typedef struct halo_attention_queries {
   const void *grad; /* of the output */
   int64_t grad_stride[3];
   const void *lse, *delta; /* [B,H,T] acc; lse natural, delta = rowsum(grad * output) */
-  void *dq;                /* [n_parts,B,H,T,D] acc, added to (+=) */
+  void *dq;                /* [n_parts,B,H,T,D] acc, added to (+=), zero at first; the order of elements
+                              within a block of one head is known to tiles_bwd, columns_bwd and
+                              dq_finish only */
   int32_t n_parts;         /* tasks that share one query head's keys in backward, each with its dq */
   int32_t n_head_parts;    /* tasks that share the query heads of one key/value head, with its dk, dv */
+  int32_t deterministic;   /* sums in a fixed order (always so on the CPU) */
   /* called now and then from thread 0, so that messages move on; may be NULL */
   void (*poll)(void *context);
   void *poll_context;
@@ -65,7 +87,7 @@ typedef struct halo_attention_queries {
 typedef struct halo_attention_tiles {
   const void *k, *v;                   /* [B,Hk,T,D] */
   const int32_t *position;             /* [T] */
-  const struct halo__rows *by_query;   /* query block -> runs of key blocks */
+  const halo__rows *by_query;   /* query block -> runs of key blocks */
   void *dk, *dv;                       /* backward: [B,Hk,T,D] acc, written (=) */
 } halo_attention_tiles;
 
@@ -78,7 +100,7 @@ typedef struct halo_attention_columns {
   const int32_t *token;
   const int64_t *slot_offset;
   const int32_t *slot;
-  const struct halo__rows *by_query; /* query block -> runs of columns */
+  const halo__rows *by_query; /* query block -> runs of columns */
   void *dk, *dv;                     /* backward: [n_entries,D] acc, written (=) */
 } halo_attention_columns;
 
@@ -118,5 +140,9 @@ typedef struct halo_kernels {
 
 /* Table of a device; HALO_CPU always exists. */
 const halo_kernels *halo__kernels(halo_device device);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

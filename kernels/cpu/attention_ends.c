@@ -25,6 +25,26 @@ halo_status halo_cpu_attention_finish(void *out, const int64_t *out_stride, void
   HALO_REAL_SWITCH(a->dtype, finish, (out, out_stride, lse, lse_stride, a));
 }
 
+halo_status halo_cpu_attention_once(void *out, const int64_t *out_stride, void *lse,
+                                    const int64_t *lse_stride, const halo_attention_queries *a,
+                                    const halo_attention_tiles *keys) {
+  halo_attention_queries b = *a;
+  const int64_t rows = a->n_batch * a->n_heads * a->block * a->n_blocks;
+  const int64_t bytes = halo_dtype_bytes(halo__acc_dtype(a->dtype));
+  char *state = NULL;
+  HALO_TRY(halo__scratch((void **)&state, rows * (a->head_size + 2), bytes));
+  b.o = state;
+  b.m = state + rows * a->head_size * bytes;
+  b.l = state + rows * (a->head_size + 1) * bytes;
+  halo_status status = HALO_OK;
+  HALO_TRY_GOTO(halo_cpu_attention_begin(&b));
+  HALO_TRY_GOTO(halo_cpu_attention_tiles_fwd(&b, keys));
+  status = halo_cpu_attention_finish(out, out_stride, lse, lse_stride, &b);
+done:
+  halo__free(state);
+  return status;
+}
+
 halo_status halo_cpu_attention_delta(void *delta, const void *out, const int64_t *out_stride,
                                      const halo_attention_queries *a) {
   HALO_REAL_SWITCH(a->dtype, delta, (delta, out, out_stride, a));

@@ -1,0 +1,49 @@
+/* memory: the host as a device. Large blocks ask for 2 MiB pages: first touch of a page costs more
+ * than most kernels that fill it.
+ *
+ * twin      kernels/cuda/memory.cu
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "internal.h"
+#include "kernels.h"
+
+enum { ALIGNMENT = 256, HUGE_BYTES = 4 << 20 };
+
+halo_status halo_cpu_memory_new(void **out, int64_t bytes) {
+  const size_t align = bytes >= HUGE_BYTES ? (size_t)2 << 20 : ALIGNMENT;
+  HALO_CHECK(posix_memalign(out, align, (size_t)bytes) == 0, HALO_ENOMEM,
+             "no %lld bytes of host memory", (long long)bytes);
+  if (bytes >= HUGE_BYTES) madvise(*out, (size_t)bytes, MADV_HUGEPAGE);
+  return HALO_OK;
+}
+
+halo_status halo_cpu_memory_free(void *p, int64_t bytes) {
+  (void)bytes;
+  free(p);
+  return HALO_OK;
+}
+
+halo_status halo_cpu_memory_trim(void) { return HALO_OK; }
+
+halo_status halo_cpu_copy_in(void *y, const void *host, int64_t bytes) {
+  if (bytes > 0) memmove(y, host, (size_t)bytes);
+  return HALO_OK;
+}
+
+halo_status halo_cpu_copy_out(void *host, const void *x, int64_t bytes) {
+  return halo_cpu_copy_in(host, x, bytes);
+}
+
+halo_status halo_cpu_copy(void *y, const void *x, int64_t bytes) {
+  return halo_cpu_copy_in(y, x, bytes);
+}
+
+halo_status halo_cpu_zero(void *y, int64_t bytes) {
+  if (bytes > 0) memset(y, 0, (size_t)bytes);
+  return HALO_OK;
+}
+
+halo_status halo_cpu_synchronize(void) { return HALO_OK; }
