@@ -87,7 +87,10 @@ typedef struct halo_attention_queries {
 typedef struct halo_attention_tiles {
   const void *k, *v;                   /* [B,Hk,T,D] */
   const int32_t *position;             /* [T] */
-  const halo__rows *by_query;   /* query block -> runs of key blocks */
+  const halo__rows *by_query;          /* query block -> runs of key blocks */
+  const halo__rows *by_key;            /* its transpose, for kernels that own keys in backward: row
+                                          pattern * n_blocks + key block -> runs of query blocks. The
+                                          CPU needs none (NULL) */
   void *dk, *dv;                       /* backward: [B,Hk,T,D] acc, written (=) */
 } halo_attention_tiles;
 
@@ -100,7 +103,9 @@ typedef struct halo_attention_columns {
   const int32_t *token;
   const int64_t *slot_offset;
   const int32_t *slot;
-  const halo__rows *by_query; /* query block -> runs of columns */
+  const halo__rows *by_query;        /* query block -> runs of columns */
+  const halo__rows *by_column;       /* its transpose in backward: row token_offset[pattern] + column
+                                        -> runs of query blocks; NULL on the CPU */
   void *dk, *dv;                     /* backward: [n_entries,D] acc, written (=) */
 } halo_attention_columns;
 
