@@ -3,7 +3,9 @@
 #include "kernels.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <unistd.h>
 
 /* OpenBLAS has its own count; Debian's OpenMP flavour follows OpenMP's, other builds do not. */
@@ -31,7 +33,83 @@ const halo_kernels *halo__kernels(halo_device device) {
   return &cpu_kernels;
 }
 
-int32_t halo_device_count(int32_t device) { return device == HALO_CPU ? 1 : 0; }
+/* ---- which devices there are ---- */
+
+static pthread_once_t looked = PTHREAD_ONCE_INIT;
+static int32_t cuda_count;
+static char cuda_reason[256] = "no CUDA device: this build has no CUDA";
+
+static void look(void) {
+#ifdef HALO_WITH_CUDA
+  const halo_status status = cuda_kernels.device_count(&cuda_count);
+  if (status != HALO_OK) {
+    cuda_count = 0;
+    snprintf(cuda_reason, sizeof cuda_reason, "%s", halo_error_message());
+  } else {
+    snprintf(cuda_reason, sizeof cuda_reason, "%s",
+             cuda_count > 0 ? "" : "no CUDA device: the driver lists none");
+  }
+#endif
+}
+
+int32_t halo_device_count(int32_t device) {
+  if (device != HALO_CUDA) return device == HALO_CPU;
+  pthread_once(&looked, look);
+  return cuda_count;
+}
+
+const char *halo_device_reason(int32_t device) {
+  if (device == HALO_CPU) return "";
+  if (device != HALO_CUDA) return "unknown device";
+  pthread_once(&looked, look);
+  return cuda_reason;
+}
+
+const char *halo__device_name(halo_device device) { return device == HALO_CPU ? "cpu" : "cuda"; }
+
+halo_status halo__device_ready(halo_device device) {
+  HALO_CHECK(device == HALO_CPU || device == HALO_CUDA, HALO_EARG, "unknown device %d", (int)device);
+  HALO_CHECK(halo_device_count((int32_t)device) > 0, HALO_EUNSUPPORTED, "%s", cuda_reason);
+  return HALO_OK;
+}
+
+halo_status halo_device_read(halo_device_row *out, int32_t device, int32_t index) {
+  HALO_CHECK(out != NULL, HALO_EARG, "device_read: out is NULL");
+  HALO_TRY(halo__device_ready((halo_device)device));
+  HALO_CHECK(index >= 0 && index < halo_device_count(device), HALO_EARG,
+             "device_read: %s device %d, there are %d", halo__device_name((halo_device)device), index,
+             halo_device_count(device));
+  return halo__kernels((halo_device)device)->device_read(out, index);
+}
+
+halo_status halo_device_select(int32_t device, int32_t index) {
+  HALO_TRY(halo__device_ready((halo_device)device));
+  HALO_CHECK(index >= 0 && index < halo_device_count(device), HALO_EARG,
+             "device_select: %s device %d, there are %d", halo__device_name((halo_device)device), index,
+             halo_device_count(device));
+  return halo__kernels((halo_device)device)->device_select(index);
+}
+
+halo_status halo_synchronize(int32_t device) {
+  HALO_TRY(halo__device_ready((halo_device)device));
+  return halo__kernels((halo_device)device)->synchronize();
+}
+
+const char *halo_cuda_targets(void) {
+#ifdef HALO_CUDA_TARGETS
+  return HALO_CUDA_TARGETS;
+#else
+  return "";
+#endif
+}
+
+#ifndef HALO_WITH_CUDA
+void halo_cuda_versions(int32_t *driver_out, int32_t *runtime_out) {
+  *driver_out = *runtime_out = 0;
+}
+#endif
+
+/* ---- threads ---- */
 
 int32_t halo_set_threads(int32_t n) {
   if (n <= 0) {

@@ -73,8 +73,28 @@ typedef enum halo_tag {
   HALO_TAG_COUNT = 8
 } halo_tag;
 
-/* Number of devices of a kind: 1 for HALO_CPU, 0 or more for HALO_CUDA. */
+/* Number of devices of a kind: 1 for HALO_CPU, 0 or more for HALO_CUDA. Never fails: 0 without CUDA in
+ * the build, without a driver, or without a device. */
 HALO_API int32_t halo_device_count(int32_t device);
+/* Why the count is 0; "" when it is not. Borrowed. */
+HALO_API const char *halo_device_reason(int32_t device);
+
+typedef struct halo_device_row {
+  char name[96];
+  int64_t total_bytes, free_bytes;
+  int32_t major, minor; /* compute capability; 0 for HALO_CPU */
+  int32_t processors;   /* multiprocessors, or cores */
+} halo_device_row;
+/* Facts about device `index` of a kind. */
+HALO_API halo_status halo_device_read(halo_device_row *out, int32_t device, int32_t index);
+/* Which device of a kind this process uses; before its first work there (HALO_ESTATE after). */
+HALO_API halo_status halo_device_select(int32_t device, int32_t index);
+/* What CUDA code this build has, "sm_80 sm_90a"; "" for a build without CUDA. */
+HALO_API const char *halo_cuda_targets(void);
+/* Versions of driver and runtime as CUDA writes them (13000 is 13.0); 0: there is none. */
+HALO_API void halo_cuda_versions(int32_t *driver_out, int32_t *runtime_out);
+/* Wait until all work queued on a device is done, and report what failed in it. */
+HALO_API halo_status halo_synchronize(int32_t device);
 /* Bytes handed out now and at most so far, by tag; tag -1 sums all. */
 HALO_API int64_t halo_memory_live_bytes(int32_t device, int32_t tag);
 HALO_API int64_t halo_memory_peak_bytes(int32_t device, int32_t tag);

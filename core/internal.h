@@ -46,13 +46,16 @@ halo_status halo__error_prefix(halo_status status, const char *format, ...)
 
 /* ---- alloc.c ------------------------------------------------------------------------------- */
 
-/* Device memory with a tag, 64-byte aligned, cached by size class. The tag is the thread's current
- * one (halo_memory_push_tag). NULL is harmless to free. */
+/* Memory of a device with a tag; host memory is 64-byte aligned and cached by size class, device
+ * memory 256-byte aligned. The tag is the thread's current one (halo_memory_push_tag). NULL is
+ * harmless to free; freed device memory stays good for work that is queued already. */
 halo_status halo__alloc(void **out, int64_t bytes, halo_device device);
 halo_status halo__alloc_zero(void **out, int64_t bytes, halo_device device);
 void halo__free(void *p);
 /* Host scratch of n elements of the given size, checked product; freed with halo__free. */
 halo_status halo__scratch(void **out, int64_t n, int64_t element_bytes);
+/* The same on a device. */
+halo_status halo__scratch_on(void **out, int64_t n, int64_t element_bytes, halo_device device);
 int32_t halo__current_tag(void);
 
 /* a * b and a + b for sizes; false on overflow or negative arguments. */
@@ -62,6 +65,14 @@ static inline bool halo__mul(int64_t a, int64_t b, int64_t *out) {
 static inline bool halo__add(int64_t a, int64_t b, int64_t *out) {
   return a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, out);
 }
+
+/* ---- device.c ------------------------------------------------------------------------------- */
+
+/* HALO_EUNSUPPORTED with the reason when nothing can run there: no CUDA in this build, no driver, no
+ * device. */
+halo_status halo__device_ready(halo_device device);
+/* "cpu" or "cuda". */
+const char *halo__device_name(halo_device device);
 
 /* ---- tensor.c ------------------------------------------------------------------------------ */
 

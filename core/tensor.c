@@ -25,6 +25,8 @@ static const struct {
     [HALO_I32] = {"i32", 4}, [HALO_I64] = {"i64", 8}, [HALO_U8] = {"u8", 1},
 };
 
+enum { STAGE_BYTES = 32 << 20 }; /* host memory that device bytes pass through, piece by piece */
+
 static bool is_dtype(int32_t t) { return t >= 0 && t < HALO_DTYPE_COUNT; }
 
 int64_t halo_dtype_bytes(int32_t dtype) { return is_dtype(dtype) ? dtypes[dtype].bytes : -1; }
@@ -251,6 +253,9 @@ halo_status halo__zeros_like(halo_tensor **out, const halo_tensor *t) {
 static halo_status pack(void *y, const halo_tensor *t) {
   const halo_kernels *k = halo__kernels(halo__device(t));
   if (halo_tensor_is_contiguous(t)) {
+    if (halo__device(t) != HALO_CPU) {
+      return k->copy(y, halo__data(t), halo_tensor_count(t) * dtypes[t->dtype].bytes);
+    }
     return k->convert(y, t->dtype, halo__data(t), t->dtype, halo_tensor_count(t));
   }
   return k->pack(y, halo__data(t), dtypes[t->dtype].bytes, t->ndim, t->shape, t->stride);
@@ -269,45 +274,107 @@ halo_status halo__contiguous(halo_tensor **out, halo_tensor *t) {
   return HALO_OK;
 }
 
+/* Bytes of a contiguous tensor. */
+static int64_t byte_count(const halo_tensor *t) { return halo_tensor_count(t) * dtypes[t->dtype].bytes; }
+
 halo_status halo_tensor_read(const halo_tensor *t, void *host) {
   HALO_CHECK(t != NULL && host != NULL, HALO_EARG, "tensor_read: NULL argument");
-  return pack(host, t);
+  if (halo_tensor_count(t) == 0) return HALO_OK;
+  const halo_device device = halo__device(t);
+  if (device == HALO_CPU) return pack(host, t);
+  const halo_kernels *k = halo__kernels(device);
+  if (halo_tensor_is_contiguous(t)) return k->copy_out(host, halo__data(t), byte_count(t));
+  void *packed = NULL;
+  HALO_TRY(halo__alloc(&packed, byte_count(t), device));
+  halo_status status = pack(packed, t);
+  if (status == HALO_OK) status = k->copy_out(host, packed, byte_count(t));
+  halo__free(packed);
+  return status;
+}
+
+/* t <- contiguous elements of its dtype, on its device. */
+static halo_status unpack(halo_tensor *t, const void *x) {
+  const halo_kernels *k = halo__kernels(halo__device(t));
+  if (!halo_tensor_is_contiguous(t)) {
+    return k->unpack(halo__data(t), x, dtypes[t->dtype].bytes, t->ndim, t->shape, t->stride);
+  }
+  if (halo__device(t) != HALO_CPU) return k->copy(halo__data(t), x, byte_count(t));
+  return k->convert(halo__data(t), t->dtype, x, t->dtype, halo_tensor_count(t));
 }
 
 halo_status halo_tensor_write(halo_tensor *t, const void *host) {
   HALO_CHECK(t != NULL && host != NULL, HALO_EARG, "tensor_write: NULL argument");
-  const halo_kernels *k = halo__kernels(halo__device(t));
-  if (halo_tensor_is_contiguous(t)) {
-    return k->convert(halo__data(t), t->dtype, host, t->dtype, halo_tensor_count(t));
+  if (halo_tensor_count(t) == 0) return HALO_OK;
+  const halo_device device = halo__device(t);
+  if (device == HALO_CPU) return unpack(t, host);
+  const halo_kernels *k = halo__kernels(device);
+  if (halo_tensor_is_contiguous(t)) return k->copy_in(halo__data(t), host, byte_count(t));
+  void *packed = NULL;
+  HALO_TRY(halo__alloc(&packed, byte_count(t), device));
+  halo_status status = k->copy_in(packed, host, byte_count(t));
+  if (status == HALO_OK) status = unpack(t, packed);
+  halo__free(packed);
+  return status;
+}
+
+/* dst <- src on one device. */
+static halo_status copy_here(halo_tensor *dst, const halo_tensor *src) {
+  const int64_t n = halo_tensor_count(src);
+  const halo_device device = halo__device(dst);
+  const halo_kernels *k = halo__kernels(device);
+  const bool dst_dense = halo_tensor_is_contiguous(dst), src_dense = halo_tensor_is_contiguous(src);
+  if (src_dense && dst->dtype == src->dtype) return unpack(dst, halo__data(src));
+  if (dst_dense && src_dense) {
+    return k->convert(halo__data(dst), dst->dtype, halo__data(src), src->dtype, n);
   }
-  return k->unpack(halo__data(t), host, dtypes[t->dtype].bytes, t->ndim, t->shape, t->stride);
+  if (dst_dense && dst->dtype == src->dtype) return pack(halo__data(dst), src);
+  // The general case: pack, convert, unpack.
+  void *packed = NULL, *converted = NULL;
+  halo_status status = halo__alloc(&packed, n * dtypes[src->dtype].bytes, device);
+  if (status == HALO_OK) status = pack(packed, src);
+  if (status == HALO_OK && src->dtype != dst->dtype) {
+    status = halo__alloc(&converted, n * dtypes[dst->dtype].bytes, device);
+    if (status == HALO_OK) status = k->convert(converted, dst->dtype, packed, src->dtype, n);
+  }
+  if (status == HALO_OK) status = unpack(dst, converted != NULL ? converted : packed);
+  halo__free(packed);
+  halo__free(converted);
+  return status;
+}
+
+/* dst <- src between devices. What crosses is contiguous and of the narrower of the two dtypes. */
+static halo_status copy_across(halo_tensor *dst, const halo_tensor *src) {
+  const halo_dtype dtype = dtypes[src->dtype].bytes <= dtypes[dst->dtype].bytes ? src->dtype : dst->dtype;
+  const halo_tensor *from = src;
+  halo_tensor *sent = NULL, *landed = NULL, *to = dst;
+  halo_status status = HALO_OK;
+  if (src->dtype != dtype || !halo_tensor_is_contiguous(src)) {
+    HALO_TRY_GOTO(halo_tensor_new(&sent, (int32_t)dtype, (int32_t)halo__device(src), src->ndim, src->shape));
+    HALO_TRY_GOTO(copy_here(sent, src));
+    from = sent;
+  }
+  if (dst->dtype != dtype || !halo_tensor_is_contiguous(dst)) {
+    HALO_TRY_GOTO(halo_tensor_new(&landed, (int32_t)dtype, (int32_t)halo__device(dst), dst->ndim, dst->shape));
+    to = landed;
+  }
+  if (halo__device(src) == HALO_CPU) {
+    status = halo__kernels(halo__device(dst))->copy_in(halo__data(to), halo__data(from), byte_count(from));
+  } else {
+    status = halo__kernels(halo__device(src))->copy_out(halo__data(to), halo__data(from), byte_count(from));
+  }
+  if (status == HALO_OK && to != dst) status = copy_here(dst, to);
+done:
+  halo_tensor_free(sent);
+  halo_tensor_free(landed);
+  return status;
 }
 
 halo_status halo_tensor_copy(halo_tensor *dst, const halo_tensor *src) {
   HALO_CHECK(dst != NULL && src != NULL, HALO_EARG, "tensor_copy: NULL argument");
   HALO_CHECK(halo__same_shape(dst, src), HALO_EARG, "tensor_copy: shapes differ: %s <- %s",
              halo__describe(dst), halo__describe(src));
-  const int64_t n = halo_tensor_count(src);
-  if (n == 0) return HALO_OK;
-  const halo_kernels *k = halo__kernels(halo__device(dst));
-  const bool dst_dense = halo_tensor_is_contiguous(dst), src_dense = halo_tensor_is_contiguous(src);
-  if (dst_dense && src_dense) {
-    return k->convert(halo__data(dst), dst->dtype, halo__data(src), src->dtype, n);
-  }
-  if (dst_dense && dst->dtype == src->dtype) return pack(halo__data(dst), src);
-  if (src_dense && dst->dtype == src->dtype) return halo_tensor_write(dst, halo__data(src));
-  // The general case: pack, convert, unpack.
-  void *packed = NULL, *converted = NULL;
-  halo_status status = halo__alloc(&packed, n * dtypes[src->dtype].bytes, HALO_CPU);
-  if (status == HALO_OK) status = pack(packed, src);
-  if (status == HALO_OK && src->dtype != dst->dtype) {
-    status = halo__alloc(&converted, n * dtypes[dst->dtype].bytes, HALO_CPU);
-    if (status == HALO_OK) status = k->convert(converted, dst->dtype, packed, src->dtype, n);
-  }
-  if (status == HALO_OK) status = halo_tensor_write(dst, converted != NULL ? converted : packed);
-  halo__free(packed);
-  halo__free(converted);
-  return status;
+  if (halo_tensor_count(src) == 0) return HALO_OK;
+  return halo__device(dst) == halo__device(src) ? copy_here(dst, src) : copy_across(dst, src);
 }
 
 /* ---- single elements and small arithmetic outside the tape ---- */
@@ -331,13 +398,17 @@ static halo_status check_flat(const char *name, const halo_tensor *t, int64_t fl
 halo_status halo_tensor_get(const halo_tensor *t, int64_t flat, double *out) {
   HALO_TRY(check_flat("tensor_get", t, flat));
   const char *p = (const char *)halo__data(t) + element_offset(t, flat) * dtypes[t->dtype].bytes;
-  return halo__kernels(halo__device(t))->convert(out, HALO_F64, p, t->dtype, 1);
+  uint64_t element = 0;
+  HALO_TRY(halo__kernels(halo__device(t))->copy_out(&element, p, dtypes[t->dtype].bytes));
+  return halo__kernels(HALO_CPU)->convert(out, HALO_F64, &element, t->dtype, 1);
 }
 
 halo_status halo_tensor_set(halo_tensor *t, int64_t flat, double value) {
   HALO_TRY(check_flat("tensor_set", t, flat));
   char *p = (char *)halo__data(t) + element_offset(t, flat) * dtypes[t->dtype].bytes;
-  return halo__kernels(halo__device(t))->convert(p, t->dtype, &value, HALO_F64, 1);
+  uint64_t element = 0;
+  HALO_TRY(halo__kernels(HALO_CPU)->convert(&element, t->dtype, &value, HALO_F64, 1));
+  return halo__kernels(halo__device(t))->copy_in(p, &element, dtypes[t->dtype].bytes);
 }
 
 halo_status halo_tensor_fill(halo_tensor *t, double value) {
@@ -360,7 +431,8 @@ halo_status halo_tensor_add_scaled(halo_tensor *dst, const halo_tensor *src, dou
              "tensor_add_scaled: %s += %s", halo__describe(dst), halo__describe(src));
   halo_tensor *x = NULL, *y = NULL;
   halo_status status = HALO_OK;
-  if (src->dtype != dst->dtype || !halo_tensor_is_contiguous(src)) {
+  if (src->dtype != dst->dtype || halo__device(src) != halo__device(dst) ||
+      !halo_tensor_is_contiguous(src)) {
     HALO_TRY_GOTO(halo__new_like(&x, dst));
     HALO_TRY_GOTO(halo_tensor_copy(x, src));
   }
@@ -391,21 +463,35 @@ halo_status halo_tensor_hash(const halo_tensor *t, uint64_t *out) {
   HALO_CHECK(t != NULL && out != NULL, HALO_EARG, "tensor_hash: NULL argument");
   XXH3_state_t *state = XXH3_createState();
   HALO_CHECK(state != NULL, HALO_ENOMEM, "tensor_hash: no memory");
-  const int64_t bytes = halo_tensor_count(t) * dtypes[t->dtype].bytes;
-  void *packed = NULL;
+  const int64_t bytes = byte_count(t);
+  const halo_kernels *k = halo__kernels(halo__device(t));
+  const char *data = halo__data(t);
+  void *packed = NULL, *stage = NULL;
   halo_status status = HALO_OK;
   if (!halo_tensor_is_contiguous(t)) {
-    HALO_TRY_GOTO(halo__alloc(&packed, bytes, HALO_CPU));
+    HALO_TRY_GOTO(halo__alloc(&packed, bytes, halo__device(t)));
     HALO_TRY_GOTO(pack(packed, t));
+    data = packed;
   }
   XXH3_64bits_reset(state);
   const int64_t head[2] = {(int64_t)t->dtype, t->ndim};
   XXH3_64bits_update(state, head, sizeof head);
   XXH3_64bits_update(state, t->shape, (size_t)t->ndim * sizeof *t->shape);
-  XXH3_64bits_update(state, packed != NULL ? packed : halo__data(t), (size_t)bytes);
+  if (halo__device(t) == HALO_CPU) {
+    XXH3_64bits_update(state, data, (size_t)bytes);
+  } else if (bytes > 0) {
+    const int64_t most = bytes < STAGE_BYTES ? bytes : STAGE_BYTES;
+    HALO_TRY_GOTO(halo__alloc(&stage, most, HALO_CPU));
+    for (int64_t at = 0; at < bytes; at += most) {
+      const int64_t n = bytes - at < most ? bytes - at : most;
+      HALO_TRY_GOTO(k->copy_out(stage, data + at, n));
+      XXH3_64bits_update(state, stage, (size_t)n);
+    }
+  }
   *out = XXH3_64bits_digest(state);
 done:
   halo__free(packed);
+  halo__free(stage);
   XXH3_freeState(state);
   return status;
 }

@@ -2,13 +2,14 @@
 #ifndef HALO_KERNELS_H
 #define HALO_KERNELS_H
 
+#include <stddef.h>
 #include <stdint.h>
-
-#include "halo.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#include "halo.h"
 
 /* One matrix, or a batch of them, in a product: rows `ld` elements apart, matrices `batch_stride`
  * elements apart (0: the same one for the whole batch). A transposed operand is used as its

@@ -3,9 +3,11 @@
  *
  * twin      kernels/cuda/memory.cu
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "internal.h"
 #include "kernels.h"
@@ -47,3 +49,23 @@ halo_status halo_cpu_zero(void *y, int64_t bytes) {
 }
 
 halo_status halo_cpu_synchronize(void) { return HALO_OK; }
+
+halo_status halo_cpu_device_count(int32_t *out) {
+  *out = 1;
+  return HALO_OK;
+}
+
+halo_status halo_cpu_device_read(halo_device_row *out, int32_t index) {
+  HALO_CHECK(index == 0, HALO_EARG, "device: cpu %d, there is one", index);
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  *out = (halo_device_row){.total_bytes = sysconf(_SC_PHYS_PAGES) * page,
+                           .free_bytes = sysconf(_SC_AVPHYS_PAGES) * page,
+                           .processors = (int32_t)sysconf(_SC_NPROCESSORS_ONLN)};
+  snprintf(out->name, sizeof out->name, "host");
+  return HALO_OK;
+}
+
+halo_status halo_cpu_device_select(int32_t index) {
+  HALO_CHECK(index == 0, HALO_EARG, "device: cpu %d, there is one", index);
+  return HALO_OK;
+}

@@ -26,11 +26,13 @@ struct context {
 
 context here;
 std::once_flag once;
+int chosen = 0; // device_select
 
 cudaError_t open_context(context *c) {
   cudaError_t e;
   cudaDeviceProp p;
-  if ((e = cudaGetDevice(&c->properties.device)) != cudaSuccess) return e;
+  c->properties.device = chosen;
+  if ((e = cudaSetDevice(chosen)) != cudaSuccess) return e;
   if ((e = cudaGetDeviceProperties(&p, c->properties.device)) != cudaSuccess) return e;
   c->properties.major = p.major;
   c->properties.minor = p.minor;
@@ -51,8 +53,11 @@ cudaError_t open_context(context *c) {
   return e;
 }
 
+/* Every thread works on the device that this process chose. */
 const context &open() {
   std::call_once(once, [] { here.error = open_context(&here); });
+  thread_local bool is_set = false;
+  if (!is_set && here.error == cudaSuccess) is_set = cudaSetDevice(here.properties.device) == cudaSuccess;
   return here;
 }
 
@@ -135,4 +140,55 @@ halo_status halo_cuda_synchronize(void) {
   HALO_CUDA_TRY(open().error);
   HALO_CUDA_TRY(cudaStreamSynchronize(open().stream));
   return heard();
+}
+
+halo_status halo_cuda_device_count(int32_t *out) {
+  int n = 0, driver = 0;
+  cudaDriverGetVersion(&driver);
+  const cudaError_t error = cudaGetDeviceCount(&n);
+  cudaGetLastError();
+  *out = 0;
+  HALO_CHECK(driver != 0, HALO_EUNSUPPORTED, "no CUDA device: no NVIDIA driver is installed");
+  HALO_CHECK(error == cudaSuccess || error == cudaErrorNoDevice, HALO_EUNSUPPORTED,
+             "no CUDA device: %s (driver for CUDA %d.%d, built with %d.%d)", cudaGetErrorString(error),
+             driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  *out = error == cudaSuccess ? n : 0;
+  return HALO_OK;
+}
+
+halo_status halo_cuda_device_read(halo_device_row *out, int32_t index) {
+  cudaDeviceProp p;
+  HALO_CUDA_TRY(cudaGetDeviceProperties(&p, index));
+  *out = halo_device_row{};
+  memcpy(out->name, p.name, sizeof out->name - 1); // p.name is longer, and ends in zeros
+  out->total_bytes = (int64_t)p.totalGlobalMem;
+  out->major = p.major;
+  out->minor = p.minor;
+  out->processors = p.multiProcessorCount;
+  int before = 0;
+  size_t free_bytes = 0, total_bytes = 0;
+  HALO_CUDA_TRY(cudaGetDevice(&before));
+  HALO_CUDA_TRY(cudaSetDevice(index));
+  const cudaError_t error = cudaMemGetInfo(&free_bytes, &total_bytes);
+  cudaSetDevice(before);
+  HALO_CUDA_TRY(error);
+  out->free_bytes = (int64_t)free_bytes;
+  return HALO_OK;
+}
+
+halo_status halo_cuda_device_select(int32_t index) {
+  if (here.stream != nullptr) {
+    HALO_CHECK(here.properties.device == index, HALO_ESTATE,
+               "device_select: device %d is in use already; select before the first work", here.properties.device);
+  }
+  chosen = index;
+  return HALO_OK;
+}
+
+void halo_cuda_versions(int32_t *driver_out, int32_t *runtime_out) {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  cudaGetLastError();
+  *driver_out = driver;
+  *runtime_out = CUDART_VERSION;
 }
