@@ -484,11 +484,33 @@ halo_status halo_comm_all_reduce_max(halo_comm *c, void *const *buffers, int64_t
   return all_reduce(c, buffers, count, dtype, REDUCE_MAX, "comm_all_reduce_max");
 }
 
+/* A tensor of a device goes through host memory, a piece at a time. */
+static halo_status all_reduce_staged(halo_comm *c, halo_tensor *t) {
+  const int64_t count = halo_tensor_count(t), most = (int64_t)16 << 20;
+  for (int64_t at = 0; at < count; at += most) {
+    const int64_t n = count - at < most ? count - at : most, stride = 1;
+    halo_tensor *piece = NULL, *host = NULL;
+    halo_status status = HALO_OK;
+    HALO_TRY_GOTO(halo__view(&piece, t, 1, &n, &stride, at));
+    HALO_TRY_GOTO(halo_tensor_new(&host, (int32_t)t->dtype, HALO_CPU, 1, &n));
+    HALO_TRY_GOTO(halo_tensor_copy(host, piece));
+    void *data = halo_tensor_data(host);
+    HALO_TRY_GOTO(all_reduce(c, &data, n, t->dtype, REDUCE_SUM, "comm_all_reduce_tensor"));
+    status = halo_tensor_copy(piece, host);
+  done:
+    halo_tensor_free(piece);
+    halo_tensor_free(host);
+    HALO_TRY(status);
+  }
+  return HALO_OK;
+}
+
 halo_status halo_comm_all_reduce_tensor(halo_comm *c, halo_tensor *t) {
-  HALO_CHECK(halo_tensor_device(t) == HALO_CPU && halo_tensor_is_contiguous(t), HALO_EARG,
-             "comm_all_reduce_tensor: the tensor must be contiguous and on the cpu");
+  HALO_CHECK(halo_tensor_is_contiguous(t), HALO_EARG,
+             "comm_all_reduce_tensor: the tensor must be contiguous");
   // Ranks of one process share one tensor, which therefore holds their sum already.
   if (c->here == c->size) return HALO_OK;
+  if (halo__device(t) != HALO_CPU) return all_reduce_staged(c, t);
   void *data = halo_tensor_data(t);
   return all_reduce(c, &data, halo_tensor_count(t), halo_tensor_dtype(t), REDUCE_SUM,
                     "comm_all_reduce_tensor");

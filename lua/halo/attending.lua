@@ -113,7 +113,9 @@ end
 
 --- This process's part of one sequence: ids and positions as i32 `[1,T]` tensors. Padding has id 0 and
 -- its own position.
-function Attending:cut(ids)
+-- @tparam {int,...} ids
+-- @tparam[opt="cpu"] string device
+function Attending:cut(ids, device)
   local t = self:local_tokens()
   local local_ids, positions = ffi.new("int32_t[?]", t), ffi.new("int32_t[?]", t)
   for row = 0, t - 1 do
@@ -121,9 +123,8 @@ function Attending:cut(ids)
     positions[row] = position
     local_ids[row] = ids[position + 1] or 0
   end
-  local shape = { 1, t }
-  return tensor.from_pointer(local_ids, { shape = shape, dtype = "i32" }),
-    tensor.from_pointer(positions, { shape = shape, dtype = "i32" })
+  local o = { shape = { 1, t }, dtype = "i32", device = device or "cpu" }
+  return tensor.from_pointer(local_ids, o), tensor.from_pointer(positions, o)
 end
 
 -- Whether a layer stays dense here by the pattern's own rule.

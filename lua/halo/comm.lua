@@ -110,14 +110,14 @@ end
 function Comm:all_gather_tensor(t)
   if not self:is_spread() then return { t } end
   local tensor = require "halo.tensor"
-  local source = t:contiguous()
+  local source = t:to("cpu"):contiguous()
   local bytes = t.count * tensor.dtype_bytes(t.dtype)
   local buffer = ffi.new("uint8_t[?]", math.max(bytes * self:size(), 1))
   check(C.halo_comm_all_gather(handle_of(self), ffi.new("void *[1]", buffer),
     ffi.new("const void *[1]", C.halo_tensor_data(source)), bytes))
   local out = {}
   for r = 1, self:size() do
-    out[r] = tensor.from_pointer(buffer + (r - 1) * bytes, { shape = t.shape, dtype = t.dtype })
+    out[r] = tensor.from_pointer(buffer + (r - 1) * bytes, { shape = t.shape, dtype = t.dtype, device = t.device })
   end
   return out
 end

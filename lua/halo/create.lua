@@ -14,7 +14,7 @@ local M = {}
 local slot = ffi.new "halo_tensor *[1]"
 
 -- Options of a constructor: the array part, or `shape`, is the shape; the rest is named.
-local common = { shape = "table?", dtype = { "string", "f32" }, device = { "string", "cpu" },
+local common = { shape = "table?", dtype = { "string", "f32" }, device = "string?",
   requires_grad = { "boolean", false } }
 
 local function options(what, o, more)
@@ -39,7 +39,7 @@ local function finished(t, o)
 end
 
 --- A tensor whose contents are undefined. With two arguments: `tensor.from_table`.
--- @tparam table o sizes, or `shape`; `dtype` ("f32"), `device` ("cpu"), `requires_grad`
+-- @tparam table o sizes, or `shape`; `dtype` ("f32"), `device` (default: `halo.device()`), `requires_grad`
 -- @usage local t = tensor.new { 2, 3, dtype = "bf16" }
 -- @usage local ids = tensor.new({ { 5, 7 } }, { dtype = "i32" })
 function M.new(o, more)
@@ -118,7 +118,7 @@ end
 function M.arange(o)
   if type(o) == "number" then o = { count = o } end
   o = args.named("tensor.arange", o, { count = "int", from = { "number", 0 }, step = { "number", 1 },
-    dtype = { "string", "i64" }, device = { "string", "cpu" }, requires_grad = { "boolean", false } }, 1)
+    dtype = { "string", "i64" }, device = "string?", requires_grad = { "boolean", false } }, 1)
   o.shape = { o.count }
   return from_numbers("tensor.arange", o, o.count, function(host)
     for i = 0, o.count - 1 do host[i] = o.from + i * o.step end

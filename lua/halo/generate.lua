@@ -29,12 +29,11 @@ Cache.__index = Cache
 local function new_cache(model, capacity)
   local c = model.config
   local self = setmetatable({ k = {}, v = {}, length = 0, capacity = capacity }, Cache)
-  local shape = { 1, capacity, c.kv_heads, c.head_dim }
+  local o = { shape = { 1, capacity, c.kv_heads, c.head_dim }, dtype = model.dtype, device = model.device }
   for layer = 1, c.layers do
-    self.k[layer] = tensor.zeros { shape = shape, dtype = model.dtype }
-    self.v[layer] = tensor.zeros { shape = shape, dtype = model.dtype }
+    self.k[layer], self.v[layer] = tensor.zeros(o), tensor.zeros(o)
   end
-  self.positions = tensor.full { shape = { capacity }, dtype = "i64", value = NEVER }
+  self.positions = tensor.full { shape = { capacity }, dtype = "i64", device = model.device, value = NEVER }
   return self
 end
 
@@ -60,7 +59,7 @@ local function last_hidden(hidden, attend, n_tokens)
   if row then
     out = hidden:slice { dim = 2, from = row + 1, to = row + 1 }:contiguous()
   else
-    out = tensor.zeros { shape = { 1, 1, width }, dtype = hidden.dtype }
+    out = tensor.zeros { shape = { 1, 1, width }, dtype = hidden.dtype, device = hidden.device }
   end
   if attend:is_spread() then attend.comm:all_reduce_tensor(out) end
   return out
@@ -148,7 +147,7 @@ function M.run(o)
     attend:set_context(n, 1)
     local length = n + o.tokens
     local cache = new_cache(model, attend:local_tokens() + o.tokens)
-    local ids, positions = attend:cut(o.ids)
+    local ids, positions = attend:cut(o.ids, model.device)
     local run = { mlp_chunk = 4096 }
     run.cos, run.sin = model:positions(positions, o.rope_length or length)
     local here = attend:local_tokens()
@@ -175,9 +174,9 @@ function M.run(o)
       local position = n + step - 1
       local mine = attend:keeps_new(step)
       memory.scope(function()
-        local one = tensor.from_table({ { id } }, { dtype = "i32" })
-        local where = tensor.from_table({ { position } }, { dtype = "i32" })
-        local q_position = tensor.from_table({ position }, { dtype = "i64" })
+        local one = tensor.from_table({ { id } }, { dtype = "i32", device = model.device })
+        local where = tensor.from_table({ { position } }, { dtype = "i32", device = model.device })
+        local q_position = tensor.from_table({ position }, { dtype = "i64", device = model.device })
         local decode = {}
         decode.cos, decode.sin = model:positions(where, o.rope_length or length)
         if mine then cache:set_position(cache.length, position) end

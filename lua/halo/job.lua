@@ -14,6 +14,7 @@ local attending = require "halo.attending"
 local autograd = require "halo.autograd"
 local comm = require "halo.comm"
 local data = require "halo.data"
+local devices = require "halo.device"
 local errors = require "halo.errors"
 local halo_ffi = require "halo.ffi"
 local model = require "halo.model"
@@ -61,7 +62,9 @@ end
 
 local function build_model(recipe, vocab)
   local m = recipe.model
-  if m.type == "hf" then return model.from_hf(m.from, { dtype = recipe.dtype, rope = m.rope }) end
+  if m.type == "hf" then
+    return model.from_hf(m.from, { dtype = recipe.dtype, device = recipe.device, rope = m.rope })
+  end
   local config = model.config {
     family = m.family, layers = m.layers, width = m.width, heads = m.heads, kv_heads = m.kv_heads,
     head_dim = m.head_dim, ffn = m.ffn, vocab = m.vocab, context = m.context, rope = m.rope, tie = m.tie,
@@ -70,7 +73,7 @@ local function build_model(recipe, vocab)
   if config.vocab < vocab then
     fail("usage", "model: vocab = %d, but the tokenizer has %d tokens", config.vocab, vocab)
   end
-  return model.build(config, { seed = recipe.seed, dtype = recipe.dtype })
+  return model.build(config, { seed = recipe.seed, dtype = recipe.dtype, device = recipe.device })
 end
 
 -- Stages with what the steps need to know: index and the first sample of the data's order.
@@ -84,17 +87,21 @@ local function lay_out_stages(recipe)
 end
 
 -- Flops per second that matrix products of this model reach here, on all processes at once: what `mfu`
--- is a share of. The best of a few, some milliseconds in all.
+-- is a share of. The best of a few, some milliseconds in all. Random numbers: a GPU draws less power for
+-- zeros and runs faster. On a device several are queued between two looks at the clock.
 local function product_rate(self)
-  local c, rows = self.model.config, 512
+  local c, device = self.model.config, self.model.device
+  local rows, queued = device == "cpu" and 512 or 8192, device == "cpu" and 1 or 8
   return autograd.no_grad(memory.scope, function()
-    local x = tensor.zeros { shape = { rows, c.width }, dtype = self.model.dtype }
-    local w = tensor.zeros { shape = { c.ffn, c.width }, dtype = self.model.dtype }
+    local x = tensor.normal { shape = { rows, c.width }, dtype = self.model.dtype, device = device, seed = 1 }
+    local w = tensor.normal { shape = { c.ffn, c.width }, dtype = self.model.dtype, device = device, seed = 2 }
     local best = math.huge
     for _ = 1, 8 do
+      devices.synchronize(device)
       local started = progress.clock()
-      ops.linear(x, w, nil)
-      best = math.min(best, progress.clock() - started)
+      for _ = 1, queued do ops.linear(x, w, nil):free() end
+      devices.synchronize(device)
+      best = math.min(best, (progress.clock() - started) / queued)
     end
     return self.comm:all_reduce({ 2 * rows * c.width * c.ffn / best })[1]
   end)
@@ -109,6 +116,7 @@ function M.new(recipe, o)
   o = args.named("job.new", o or {}, { comm = "any?", virtual_ranks = "boolean?" })
   local self = setmetatable({ recipe = recipe, step_index = 0, tokens_seen = 0, hooks = {} }, Job)
   self.stages, self.total_steps = lay_out_stages(recipe), recipe.total.steps
+  self.device = devices.require(recipe.device or "cpu", 0)
   self.comm = open_world(recipe, o)
   self.rank, self.dp, self.cp = self.comm:rank(), recipe.mesh.dp, recipe.mesh.cp
   self.data_index = math.floor(self.rank / self.cp)
@@ -123,6 +131,7 @@ function M.new(recipe, o)
     comm = self.comm })
   self.comm:same(self:weights_hash(), "initial weights")
   self.peak_flops = product_rate(self)
+  self.totals = tensor.zeros { 2, dtype = "f64", device = self.device }
   return self
 end
 
@@ -157,10 +166,19 @@ function Job:enter(stage)
   self.model:set_rope(stage.rope)
   self.attending:set_pattern(stage.attention)
   self.attending:set_context(stage.context, stage.batch / (self.dp * stage.accumulate))
-  C.halo_memory_trim(C.HALO_CPU)
+  for _, name in ipairs(devices.names) do C.halo_memory_trim(devices.number(name)) end
 end
 
 ---- One step -------------------------------------------------------------------------------------
+
+-- A batch with its tensors on the model's device: one copy each, before anything computes with them.
+local function to_device(batch, device)
+  local here = setmetatable({}, { __index = batch })
+  for _, name in ipairs { "ids", "labels", "positions", "weights" } do
+    if batch[name] then here[name] = batch[name]:to(device) end
+  end
+  return here
+end
 
 -- What a forward pass needs besides ids: positions and the attention of this micro-batch.
 function Job:run_of(batch)
@@ -191,18 +209,19 @@ end
 --- A batch of held-out text at the stage's context; the same one every time for the same `first`.
 function Job:validation_batch(rows, first) return self.data:validation_batch(self:cut(first or 0, rows)) end
 
--- Forward and backward of one micro-batch; returns the sum of losses and the number of labels here, both
--- weighted where the data weighs its labels.
-function Job:micro_step(step, micro)
+-- Forward and backward of one micro-batch. The sum of losses and the number of labels here, both weighted
+-- where the data weighs its labels, are added to `totals` (f64 [2]) on the device: nothing waits for it.
+function Job:micro_step(step, micro, totals)
   local asked = progress.clock()
   local batch = self:batch(step, micro)
   self.data_seconds = self.data_seconds + progress.clock() - asked
   self.attending:begin { documents = batch.documents, step = step }
-  return memory.scope(function()
-    local loss, count = self.model:loss(batch.ids, batch.labels, self:run_of(batch))
-    local sum, n = loss:item(), count:item()
+  memory.scope(function()
+    local here = to_device(batch, self.device)
+    local loss, count = self.model:loss(here.ids, here.labels, self:run_of(here))
+    totals:select { index = 1 }:add_scaled(loss)
+    totals:select { index = 2 }:add_scaled(count)
     loss:backward() -- also where this rank has no label: its keys serve the queries of others
-    return sum, n
   end)
 end
 
@@ -223,17 +242,12 @@ function Job:step()
   self.comm:reset_timer()
   if self.hooks.before_step then self.hooks.before_step(step) end
   self.optim:zero_grad()
-  local sum, labels = 0, 0
   self.data_seconds = 0
-  local summary
-  for micro = 1, s.accumulate do
-    local l, n = self:micro_step(step, micro)
-    sum, labels = sum + l, labels + n
-  end
-  summary = self.attending:summary()
-  -- One exchange for numbers, one for gradients.
-  local totals = self.comm:all_reduce { sum, labels }
-  sum, labels = totals[1], totals[2]
+  self.totals:fill(0)
+  for micro = 1, s.accumulate do self:micro_step(step, micro, self.totals) end
+  local summary = self.attending:summary()
+  -- The one place of a step that waits for the device. One exchange for numbers, one for gradients.
+  local sum, labels = unpack(self.comm:all_reduce(self.totals:values()))
   if labels == 0 then
     fail("data", "step %d: none of the %d tokens of the batch has a label", step, s.batch * s.context)
   end
@@ -258,7 +272,7 @@ function Job:step()
   if self.ring_comm ~= self.comm then record.comm_s = record.comm_s + self.ring_comm:exposed_seconds() end
   record.tok_s = s.batch * s.context / record.dt
   record.flops = self.model:flops_per_token(s.context, record.density) * s.batch * s.context
-  record.mem = tonumber(C.halo_memory_peak_bytes(C.HALO_CPU, -1))
+  record.mem = memory.peak(nil, self.device)
   return record
 end
 
@@ -272,8 +286,9 @@ function Job:loss_on(batch, plans)
     local run = { mlp_chunk = 4096, attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
     local sum, n
     memory.scope(function()
-      run.cos, run.sin = self.model:positions(batch.positions, attend.context)
-      local loss, count = self.model:loss(batch.ids, batch.labels, run)
+      local here = to_device(batch, self.device)
+      run.cos, run.sin = self.model:positions(here.positions, attend.context)
+      local loss, count = self.model:loss(here.ids, here.labels, run)
       sum, n = loss:item(), count:item()
     end)
     local totals = self.comm:all_reduce { sum, n }

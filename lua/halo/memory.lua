@@ -79,12 +79,12 @@ end
 -- ---- pacing -------------------------------------------------------------------------------------
 
 local least_budget = 64 * 2 ^ 20 -- do not hurry below this growth
-local floor = 0 -- live bytes when the collector was last stepped, or less
+local floor = 0 -- live bytes of all devices when the collector was last stepped, or less
 
 --- Called for every new tensor: step the collector in proportion to the growth of live bytes, one
 -- full cycle per doubling.
 function M.pace()
-  local live = tonumber(C.halo_memory_live_bytes(0, -1))
+  local live = tonumber(C.halo_memory_live_bytes(C.HALO_CPU, -1) + C.halo_memory_live_bytes(C.HALO_CUDA, -1))
   if live < floor then floor = live end
   local budget = math.max(least_budget, floor)
   local grown = live - floor

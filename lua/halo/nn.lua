@@ -45,7 +45,7 @@ function M.module(t) return setmetatable(t, Module) end
 --- A parameter: a leaf that wants a gradient and knows how it is filled.
 -- @tparam table o sizes, `dtype` ("f32"), `device`, and `std` (normal) or `value` (constant)
 function M.parameter(o)
-  o = args.named("nn.parameter", o, { shape = "table", dtype = { "string", "f32" }, device = { "string", "cpu" },
+  o = args.named("nn.parameter", o, { shape = "table", dtype = { "string", "f32" }, device = "string?",
     std = "number?", value = "number?" })
   local t = tensor.full { shape = o.shape, dtype = o.dtype, device = o.device, value = o.value or 0 }
   t:require_grad()
@@ -128,7 +128,7 @@ end
 -- @tparam table o `inputs`, `outputs`, `bias` (false), `std` (0.02, GPT-2's), `dtype`, `device`
 function M.linear(o)
   o = args.named("nn.linear", o, { inputs = "int", outputs = "int", bias = { "boolean", false },
-    std = { "number", 0.02 }, dtype = { "string", "f32" }, device = { "string", "cpu" } })
+    std = { "number", 0.02 }, dtype = { "string", "f32" }, device = "string?" })
   local bias = o.bias and M.parameter { shape = { o.outputs }, value = 0, dtype = o.dtype, device = o.device }
   return M.module {
     weight = M.parameter { shape = { o.outputs, o.inputs }, std = o.std, dtype = o.dtype, device = o.device },
@@ -141,7 +141,7 @@ end
 -- @tparam table o `size`, `eps` (1e-6), `dtype`, `device`
 function M.rmsnorm(o)
   o = args.named("nn.rmsnorm", o, { size = "int", eps = { "number", 1e-6 }, dtype = { "string", "f32" },
-    device = { "string", "cpu" } })
+    device = "string?" })
   return M.module {
     weight = M.parameter { shape = { o.size }, value = 1, dtype = o.dtype, device = o.device },
     forward = function(self, x) return ops.rmsnorm(x, self.weight, { eps = o.eps }) end,
@@ -152,7 +152,7 @@ end
 -- @tparam table o `vocab`, `size`, `std` (0.02), `dtype`, `device`
 function M.embedding(o)
   o = args.named("nn.embedding", o, { vocab = "int", size = "int", std = { "number", 0.02 },
-    dtype = { "string", "f32" }, device = { "string", "cpu" } })
+    dtype = { "string", "f32" }, device = "string?" })
   return M.module {
     weight = M.parameter { shape = { o.vocab, o.size }, std = o.std, dtype = o.dtype, device = o.device },
     forward = function(self, ids) return ops.embedding(self.weight, ids) end,

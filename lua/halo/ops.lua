@@ -10,6 +10,7 @@
 -- what one does.
 local halo_ffi = require "halo.ffi"
 local args = require "halo.args"
+local devices = require "halo.device"
 local errors = require "halo.errors"
 local op_call = require "halo.op_call"
 local tensor = require "halo.tensor"
@@ -210,10 +211,16 @@ function M.roll(x, o)
   }
 end
 
---- x in another dtype: `x:to "f64"`; x itself when it has it.
-function M.to(x, dtype)
-  if check(x, "to: x", 2).dtype == dtype then return x end
-  return (call(rows.cast, 2, x, { dtype = dtype }))
+--- x in another dtype, `x:to "f64"`, or on a device, `x:to "cuda"`; x itself when it is so already. The tape
+-- follows a change of dtype; a copy on another device is a new beginning.
+function M.to(x, what)
+  check(x, "to: x", 2)
+  if devices.number(what) then
+    if x.device == what then return x end
+    return x:clone(what)
+  end
+  if x.dtype == what then return x end
+  return (call(rows.cast, 2, x, { dtype = what }))
 end
 
 -- ---- operators ----------------------------------------------------------------------------------

@@ -442,6 +442,7 @@ function M.resolve(recipe)
   for _, part in ipairs { "stages", "every", "initially", "finally" } do schema.values_of(shell)[part] = nil end
   schema.values_of(shell).stages = {}
   local out = schema.resolve(shell)
+  out.dtype = out.dtype or (out.device == "cuda" and "bf16" or "f32")
   local model_place = schema.place_of(values.model)
   if out.model.type == "hf" then
     read_hf(out.model, model_place)

@@ -20,6 +20,7 @@ local ffi = require "ffi"
 local halo_ffi = require "halo.ffi"
 local args = require "halo.args"
 local errors = require "halo.errors"
+local devices = require "halo.device"
 local memory = require "halo.memory"
 
 local C, call_at = halo_ffi.C, halo_ffi.call_at
@@ -48,7 +49,6 @@ local host_pointers = {
   f32 = ffi.typeof "float *", f64 = ffi.typeof "double *", bf16 = ffi.typeof "uint16_t *",
   i32 = ffi.typeof "int32_t *", i64 = ffi.typeof "int64_t *", u8 = ffi.typeof "uint8_t *",
 }
-local device_numbers = { cpu = C.HALO_CPU, cuda = C.HALO_CUDA }
 local device_names = { [0] = "cpu", [1] = "cuda" }
 
 --- Number of a dtype for the C API; raises for an unknown name.
@@ -64,8 +64,9 @@ function M.dtype_number(name, level)
 end
 
 --- Number of a device for the C API; raises for an unknown name.
+-- @tparam ?string name nil: the default device
 function M.device_number(name, level)
-  local number = device_numbers[name]
+  local number = devices.number(name or devices.default)
   if number == nil then
     errors.raise("usage", ("unknown device %s (there is: cpu, cuda)"):format(args.describe(name)), (level or 1) + 1)
   end
@@ -338,8 +339,10 @@ function methods.detach(t)
 end
 
 --- A contiguous copy that the tape does not follow.
-function methods.clone(t)
-  local copy = allocate("clone", { shape = shape_of(t), dtype = fields.dtype(t), device = fields.device(t) }, false, 2)
+-- @tparam[opt] string device where the copy goes (default: where the tensor is)
+function methods.clone(t, device)
+  local o = { shape = shape_of(t), dtype = fields.dtype(t), device = device or fields.device(t) }
+  local copy = allocate("clone", o, false, 2)
   call_at(2, C.halo_tensor_copy, copy, t)
   return copy
 end

@@ -131,7 +131,9 @@ end
 function Bench:parts()
   if self.target and not is_run(self.target) then
     if not self.bare then
-      local model = require("halo.model").from_hf(self.target)
+      local device = require("halo.device")()
+      local model = require("halo.model").from_hf(self.target, { device = device,
+        dtype = device == "cuda" and "bf16" or nil })
       self.bare = { model = model, tokenizer = require("halo.tokenizer").load(self.target),
         attending = require("halo.attending").dense(model.config) }
     end

@@ -256,7 +256,7 @@ local function read_rows(self, first, count)
 end
 
 local function to_tensor(memory, rows, n)
-  return tensor.from_pointer(memory, { shape = { rows, n }, dtype = "i32" })
+  return tensor.from_pointer(memory, { shape = { rows, n }, dtype = "i32", device = "cpu" })
 end
 
 -- Global tokens of `here` ranks from `rank` on, stacked.

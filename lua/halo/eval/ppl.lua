@@ -50,7 +50,7 @@ local function score(model, attend, ids, from, to)
   for b = 1, 48 do nll[b], count[b] = 0, 0 end
   autograd.no_grad(function()
     memory.scope(function()
-      local local_ids, positions = attend:cut(ids)
+      local local_ids, positions = attend:cut(ids, model.device)
       local t = attend:local_tokens()
       local labels = ffi.new("int32_t[?]", t)
       for row = 0, t - 1 do
@@ -60,7 +60,7 @@ local function score(model, attend, ids, from, to)
       local run = { mlp_chunk = 4096, attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
       run.cos, run.sin = model:positions(positions, n)
       local per_token = model:token_loss(local_ids,
-        tensor.from_pointer(labels, { shape = { 1, t }, dtype = "i32" }), run)
+        tensor.from_pointer(labels, { shape = { 1, t }, dtype = "i32", device = model.device }), run)
       local values = ffi.new("double[?]", t)
       local halo_ffi = require "halo.ffi"
       halo_ffi.check(halo_ffi.C.halo_tensor_read(per_token:cast "f64":contiguous(), values))

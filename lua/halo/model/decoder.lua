@@ -88,12 +88,14 @@ end
 
 --- Build a model with fresh weights (model/init_weights.lua).
 -- @tparam table c config (see `halo.model`)
--- @tparam[opt] table o `{ seed = 0, dtype = "f32", values = true }`; values = false leaves weights unset
+-- @tparam[opt] table o `{ seed = 0, dtype = "f32", device = "cpu", values = true }`; values = false leaves
+-- weights unset
 function M.build(c, o)
   o = o or {}
   M.check(c)
-  local self = setmetatable({ config = c, parameters = {}, weight = {}, dtype = o.dtype or "f32" }, Model)
-  local make = init_weights.maker(c, { seed = o.seed, dtype = self.dtype, values = o.values })
+  local self = setmetatable({ config = c, parameters = {}, weight = {}, dtype = o.dtype or "f32",
+    device = o.device or "cpu" }, Model)
+  local make = init_weights.maker(c, { seed = o.seed, dtype = self.dtype, device = self.device, values = o.values })
   for _, p in ipairs(M.parameter_list(c)) do
     local t = make(p)
     t:require_grad(true)
@@ -111,12 +113,13 @@ function Model:set_rope(scheme)
 end
 
 --- cos and sin for a batch's positions, made once and used by every layer.
--- @tparam Tensor positions i32 `[B,T]`, global
+-- @tparam Tensor positions i32 `[B,T]`, global; on any device
 -- @tparam[opt] int length longest position plus one, for schemes that depend on it
 function Model:positions(positions, length)
   local inv, factor = rope.frequencies(self.config.rope, self.config.head_dim, length)
   local dtype = self.dtype == "f64" and "f64" or "f32"
-  local cos, sin = ops.rope_table(positions, tensor.from_table(inv, { dtype = "f32" }), { scale = factor })
+  local frequencies = tensor.from_table(inv, { dtype = "f32", device = self.device })
+  local cos, sin = ops.rope_table(positions:to(self.device), frequencies, { scale = factor })
   if dtype == "f64" then cos, sin = cos:cast "f64", sin:cast "f64" end
   return cos, sin
 end
@@ -256,9 +259,9 @@ function Model:count() return M.count(self.config) end
 
 Model.__tostring = function(self)
   local c = self.config
-  return ("%s: %d layers, width %d, %d/%d heads of %d, ffn %d, vocabulary %d, %.2f M parameters, %s")
+  return ("%s: %d layers, width %d, %d/%d heads of %d, ffn %d, vocabulary %d, %.2f M parameters, %s%s")
     :format(c.family, c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab,
-      self:count() / 1e6, self.dtype)
+      self:count() / 1e6, self.dtype, self.device ~= "cpu" and " on " .. self.device or "")
 end
 
 M.Model = Model

@@ -59,7 +59,7 @@ end
 
 --- A fresh model.
 -- @tparam table config from `config` or `read_config`
--- @tparam[opt] table o `{ seed=, dtype= }`
+-- @tparam[opt] table o `{ seed=, dtype=, device= }`
 function M.build(config, o) return decoder.build(config, o) end
 
 --- The config of an HF folder.
@@ -155,8 +155,10 @@ function M.load_weights(model, path)
   return model
 end
 
---- A model from an HF folder.
--- @usage local m = require("halo.model").from_hf("models/Qwen2.5-0.5B", { dtype = "f32" })
+--- A model from an HF folder. Weights go straight to the device, one tensor at a time.
+-- @tparam string dir
+-- @tparam[opt] table o `{ dtype=, device=, rope= }`
+-- @usage local m = require("halo.model").from_hf("models/Qwen2.5-0.5B", { dtype = "bf16", device = "cuda" })
 function M.from_hf(dir, o)
   o = o or {}
   local config = M.read_config(dir)
@@ -165,7 +167,7 @@ function M.from_hf(dir, o)
     config.rope = o.rope
     config.rope.theta = config.rope.theta or theta
   end
-  local model = decoder.build(config, { dtype = o.dtype, values = false })
+  local model = decoder.build(config, { dtype = o.dtype, device = o.device, values = false })
   return M.load_weights(model, dir)
 end
 

@@ -74,13 +74,14 @@ local function previous_token_biases(c, strength)
 end
 
 local function write(t, values)
-  local wide = tensor.from_pointer(ffi.new("double[?]", #values, values), { shape = { #values }, dtype = "f64" })
+  local wide = tensor.from_pointer(ffi.new("double[?]", #values, values), { shape = { #values }, dtype = "f64",
+    device = t.device })
   check(C.halo_tensor_copy(t, wide))
 end
 
 --- A parameter's maker: a function of one row of `decoder.parameter_list` that returns its tensor.
 -- @tparam table c config; `c.init` says how (default `M.default`)
--- @tparam table o `seed`, `dtype`, and `values` (false: leave matrices at zero, they will be loaded)
+-- @tparam table o `seed`, `dtype`, `device`, and `values` (false: leave matrices at zero, they will be loaded)
 function M.maker(c, o)
   local init = c.init or M.default
   local biases = {}
@@ -88,14 +89,14 @@ function M.maker(c, o)
     biases = previous_token_biases(c, init.previous_token)
   end
   return function(p)
-    if p.kind == "norm" then return tensor.ones { shape = p.shape, dtype = o.dtype } end
+    if p.kind == "norm" then return tensor.ones { shape = p.shape, dtype = o.dtype, device = o.device } end
     if p.kind == "bias" or o.values == false then
-      local t = tensor.zeros { shape = p.shape, dtype = o.dtype }
+      local t = tensor.zeros { shape = p.shape, dtype = o.dtype, device = o.device }
       if biases[p.name] then write(t, biases[p.name]) end
       return t
     end
-    return tensor.normal { shape = p.shape, dtype = o.dtype, seed = o.seed or 0, stream = nn.stream_of(p.name),
-      std = std_of(init, c, p) }
+    return tensor.normal { shape = p.shape, dtype = o.dtype, device = o.device, seed = o.seed or 0,
+      stream = nn.stream_of(p.name), std = std_of(init, c, p) }
   end
 end
 
