@@ -140,7 +140,7 @@ halo_status halo__embedding_bwd(halo__call *c) {
   HALO_TRY_GOTO(halo__kernels(halo__device(w))
                     ->embedding_bwd(into->dtype, halo__data(into), dy->dtype, halo__data(dy),
                                     ids->dtype, halo__data(index), halo_tensor_count(ids),
-                                    w->shape[1]));
+                                    w->shape[0], w->shape[1]));
   status = halo__narrow_grad(c, 0);
 done:
   halo_tensor_free(dy);

@@ -359,7 +359,7 @@ static halo_status chunk_dx(job *j, int64_t first, int64_t n, bool is_gathered, 
   if (!is_gathered) return HALO_OK;
   // Each row of dx is 0 before and gets one row: the embedding's gradient is a scatter.
   return j->k->embedding_bwd(j->t, halo__data(dx), j->t, to, HALO_I64, at(j->index, first), n,
-                             j->cols);
+                             j->rows, j->cols);
 }
 
 /* Losses of the kept rows, without their weights, into nll [kept]. Of the weighted sum:
@@ -476,7 +476,7 @@ halo_status halo__linear_token_loss_fwd(halo__call *c) {
   HALO_TRY_GOTO(job_run(&j, nll, NULL, NULL, 0, 1));
   HALO_TRY_GOTO(halo_tensor_zeros(&c->out[0], j.wide, j.device, labels->ndim, labels->shape));
   status = j.k->embedding_bwd(j.wide, halo__data(c->out[0]), j.wide, halo__data(nll), HALO_I64,
-                              halo__data(j.index), j.kept, 1);
+                              halo__data(j.index), j.kept, j.rows, 1);
 done:
   halo_tensor_free(nll);
   job_close(&j);

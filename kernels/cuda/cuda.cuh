@@ -135,6 +135,15 @@ template <int THREADS, class A> __device__ __forceinline__ A block_max(A x) {
   return most;
 }
 
+/* Leave word of bad input in halo__cuda_report_slot(); the first of all threads wins. */
+__device__ inline void report(halo__cuda_report *slot, halo__cuda_code code, int64_t where, int64_t value,
+                              int64_t limit) {
+  if (atomicCAS(&slot->code, (int)HALO__CUDA_FINE, (int)code) != (int)HALO__CUDA_FINE) return;
+  slot->where = where;
+  slot->value = value;
+  slot->limit = limit;
+}
+
 /* Blocks for n items of `per_block`, at most `waves` full waves of the device. */
 inline unsigned grid(int64_t n, int64_t per_block, int waves = 8) {
   const int64_t wanted = (n + per_block - 1) / per_block;
