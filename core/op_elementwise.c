@@ -355,6 +355,31 @@ halo_status halo__cast_bwd(halo__call *c) {
   return halo_tensor_copy(c->grad_in[0], dy);
 }
 
+static halo_status moved(halo_tensor **out, halo_tensor *t, int32_t device) {
+  if ((int32_t)halo__device(t) == device) return halo_tensor_retain(out, t);
+  halo_tensor *y = NULL;
+  HALO_TRY(halo_tensor_new(&y, (int32_t)t->dtype, device, t->ndim, t->shape));
+  halo__count_passes(t, 2);
+  halo_status status = halo_tensor_copy(y, t);
+  if (status != HALO_OK) {
+    halo_tensor_free(y);
+    return status;
+  }
+  *out = y;
+  return HALO_OK;
+}
+
+halo_status halo__to_device_fwd(halo__call *c) {
+  int64_t device = 0;
+  HALO_TRY(halo__whole(&device, "to_device", "device", c->param[0], HALO_CPU, HALO_CUDA));
+  c->drop_in[0] = true;
+  return moved(&c->out[0], c->in[0], (int32_t)device);
+}
+
+halo_status halo__to_device_bwd(halo__call *c) {
+  return moved(&c->grad_in[0], c->grad_out[0], halo_tensor_device(c->in[0]));
+}
+
 halo_status halo__contiguous_fwd(halo__call *c) {
   c->drop_in[0] = true;
   return halo__contiguous(&c->out[0], c->in[0]);

@@ -80,6 +80,19 @@ static halo_status check_inputs(const op_row *row, halo_tensor *const *in, int32
   return HALO_OK;
 }
 
+static halo_status check_devices(const op_row *row, halo_tensor *const *in, int32_t n_in) {
+  int32_t first = -1;
+  for (int32_t i = 0; i < n_in; i++) {
+    if (in[i] == NULL) continue;
+    if (first < 0) first = i;
+    HALO_CHECK(halo__device(in[i]) == halo__device(in[first]), HALO_EARG,
+               "%s(%s): input %d is on %s, input %d on %s; move one of them", row->name, row->inputs,
+               first + 1, halo__device_name(halo__device(in[first])), i + 1,
+               halo__device_name(halo__device(in[i])));
+  }
+  return HALO_OK;
+}
+
 halo_status halo_op(halo_tensor **out, int32_t op, halo_tensor *const *in, int32_t n_in,
                     const double *params, int32_t n_params) {
   const op_row *row = row_of(op);
@@ -88,10 +101,7 @@ halo_status halo_op(halo_tensor **out, int32_t op, halo_tensor *const *in, int32
   HALO_TRY(check_inputs(row, in, n_in));
   HALO_CHECK(n_params == count_entries(row->params), HALO_EARG, "%s: %d parameters, wants \"%s\"",
              row->name, n_params, row->params);
-  for (int32_t i = 1; i < n_in; i++) {
-    HALO_CHECK(in[i] == NULL || in[0] == NULL || halo__device(in[i]) == halo__device(in[0]),
-               HALO_EARG, "%s: inputs are on different devices", row->name);
-  }
+  HALO_TRY(check_devices(row, in, n_in));
   halo__call c = {.op = op, .n_in = n_in, .n_out = row->outputs, .n_param = n_params};
   if (n_in > 0) memcpy(c.in, in, (size_t)n_in * sizeof *in);
   if (n_params > 0) memcpy(c.param, params, (size_t)n_params * sizeof *params);

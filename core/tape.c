@@ -321,6 +321,9 @@ halo_status halo_tensor_set_grad(halo_tensor *t, halo_tensor *grad) {
   HALO_CHECK(t != NULL, HALO_EARG, "set_grad: tensor is NULL");
   HALO_CHECK(grad == NULL || (halo__same_shape(t, grad) && halo__is_float(grad->dtype)), HALO_EARG,
              "set_grad: gradient %s for tensor %s", halo__describe(grad), halo__describe(t));
+  HALO_CHECK(grad == NULL || halo__device(grad) == halo__device(t), HALO_EARG,
+             "set_grad: the gradient is on %s, the tensor on %s",
+             halo__device_name(halo__device(grad)), halo__device_name(halo__device(t)));
   if (grad != NULL) HALO_TRY(halo_tensor_retain(&grad, grad));
   halo_tensor_free(t->grad);
   t->grad = grad;

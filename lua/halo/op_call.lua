@@ -54,6 +54,7 @@ end
 -- One parameter as the number that C wants.
 local function number_of(row, param, value, first, level)
   if param.name == "dtype" then return (tensor.dtype_number(value, level + 1)) end
+  if param.name == "device" then return (tensor.device_number(value, level + 1)) end
   if type(value) == "boolean" then return value and 1 or 0 end
   if type(value) ~= "number" then
     errors.raise("usage", ("%s: %s must be a number, got %s"):format(row.name, param.name, args.describe(value)),

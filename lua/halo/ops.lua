@@ -211,16 +211,34 @@ function M.roll(x, o)
   }
 end
 
---- x in another dtype, `x:to "f64"`, or on a device, `x:to "cuda"`; x itself when it is so already. The tape
--- follows a change of dtype; a copy on another device is a new beginning.
-function M.to(x, what)
+--- x in another dtype, on another device, or both: `x:to "f64"`, `x:to "cuda"`, `x:to("cuda", "bf16")`;
+-- x itself when it is so already. What crosses between devices is the narrower dtype.
+function M.to(x, ...)
   check(x, "to: x", 2)
-  if devices.number(what) then
-    if x.device == what then return x end
-    return x:clone(what)
+  local dtype, device
+  for _, word in ipairs { ... } do
+    if devices.number(word) then device = word else dtype = word end
   end
-  if x.dtype == what then return x end
-  return (call(rows.cast, 2, x, { dtype = what }))
+  if dtype == nil and device == nil then errors.raise("usage", "to wants a dtype, a device, or both", 2) end
+  local moves, casts = device and x.device ~= device, dtype and x.dtype ~= dtype
+  if casts then tensor.dtype_number(dtype, 2) end
+  local narrows = casts and tensor.dtype_bytes(dtype) < tensor.dtype_bytes(x.dtype)
+  if narrows then x = call(rows.cast, 2, x, { dtype = dtype }) end
+  if moves then x = call(rows.to_device, 2, x, { device = device }) end
+  if casts and not narrows then x = call(rows.cast, 2, x, { dtype = dtype }) end
+  return x
+end
+
+--- x on the CUDA device; x itself when it is there.
+function M.cuda(x)
+  if check(x, "cuda: x", 2).device == "cuda" then return x end
+  return (call(rows.to_device, 2, x, { device = "cuda" }))
+end
+
+--- x in host memory; x itself when it is there.
+function M.cpu(x)
+  if check(x, "cpu: x", 2).device == "cpu" then return x end
+  return (call(rows.to_device, 2, x, { device = "cpu" }))
 end
 
 -- ---- operators ----------------------------------------------------------------------------------

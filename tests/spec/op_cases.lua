@@ -121,6 +121,7 @@ table.insert(M.pow_scalar, { inputs = { { shape = { 4 } } }, params = { exponent
 M.clamp = unary(function(x, p) return math.max(p.min, math.min(p.max, x)) end, { avoid = { -1, 1 } },
   { min = -1, max = 1 }, whole)
 M.cast = unary(function(x) return x end, nil, { dtype = "f64" })
+M.to_device = unary(function(x) return x end, nil, { device = "cpu" }, whole)
 M.contiguous = unary(function(x) return x end, nil, nil, whole)
 
 -- The mask is a function of (seed, stream, element): the reference reads it off a tensor of ones.
