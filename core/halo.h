@@ -847,7 +847,7 @@ HALO_API halo_status halo_rows_gather(int32_t *out, const int32_t *rows, int64_t
 /* ---- Trace ---------------------------------------------------------------------------------- */
 
 /* Named spans with totals: always on by default, a branch when off. Times are of the host; device
- * work is asynchronous and counted where somebody waits for it. */
+ * work is asynchronous and counted where somebody waits for it, unless halo_trace_device is on. */
 enum { HALO_TRACE_OFF = 0, HALO_TRACE_TOTALS = 1, HALO_TRACE_EVENTS = 2 };
 
 typedef struct halo_trace_row {
@@ -856,6 +856,7 @@ typedef struct halo_trace_row {
   double seconds;      /* from begin to end; a name nested in itself counts twice */
   double self_seconds; /* less what other spans inside took: these add up to the time traced */
   double bytes, flops; /* as reported by halo_trace_work; flops as executed */
+  double device_seconds, device_self_seconds; /* the same on a device's clock; 0 unless asked for */
 } halo_trace_row;
 
 /* Number of a name, made on first use; keep it. -1 when the name is empty or the table is full; the
@@ -871,6 +872,11 @@ HALO_API void halo_trace_work(double bytes, double flops);
 HALO_API void halo_trace_count(int32_t id, double bytes, double flops);
 /* Returns the old level. HALO_TRACE_EVENTS is entered by halo_trace_record. */
 HALO_API int32_t halo_trace_set_level(int32_t level);
+/* Time the spans of this thread on a device as well, by a mark in its queue at both ends (HALO_CUDA;
+ * HALO_CPU: no longer). Nothing waits for a mark before the totals are read, or 4096 spans are open
+ * questions; products become spans of their own ("product"). Off by default: two marks cost some
+ * microseconds. */
+HALO_API halo_status halo_trace_device(int32_t device);
 HALO_API int32_t halo_trace_names(void);
 HALO_API halo_status halo_trace_read(halo_trace_row *out, int32_t id);
 /* All totals to zero; names stay. */

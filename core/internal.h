@@ -188,6 +188,13 @@ enum {
 /* ---- trace.c and signals.c ------------------------------------------------------------------ */
 
 /* A span around an op (HALO_OP_x or HALO_CALL_x); close with halo_trace_end. Never fails; a token is a plain number. */
+enum { HALO__TRACE_NAMES = 1024 }; /* span names of a process; the engine itself has under 200 */
+/* trace_device.c: marks around spans; NULL and false when device timing is off on this thread. */
+bool halo__trace_device_is_on(void);
+void *halo__trace_device_begin(void);
+void halo__trace_device_end(int32_t id, int32_t parent, void *from);
+halo_status halo__trace_device_read(double *seconds_out, double *self_out, int32_t id);
+void halo__trace_device_reset(void);
 int32_t halo__trace_op_begin(int32_t op, bool is_backward);
 /* Flight recorder: around every collective and every hop of a ring. `op` and `comm` must be string
  * literals (or live as long as the process): only the pointers are kept. peer -1: all ranks. */

@@ -96,7 +96,12 @@ halo_status halo__gemm(halo_device device, const halo_gemm *g) {
                (double)g->k * (double)g->n * (double)halo_dtype_bytes(g->b.dtype) +
                (double)g->m * (double)g->n * (double)halo_dtype_bytes(g->c.dtype)),
       2.0 * count * (double)g->m * (double)g->n * (double)g->k);
-  return halo__kernels(device)->gemm(g);
+  static _Thread_local int32_t name = -1;
+  if (name < 0) name = halo_trace_id("product");
+  const int32_t span = halo__trace_device_is_on() ? halo_trace_begin(name) : 0;
+  halo_status status = halo__kernels(device)->gemm(g);
+  halo_trace_end(span);
+  return status;
 }
 
 static bool is_index(const halo_tensor *t) { return t->dtype == HALO_I32 || t->dtype == HALO_I64; }

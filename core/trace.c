@@ -35,7 +35,7 @@
 #include <unistd.h>
 
 enum {
-  NAMES = 1024,        /* different span names of a process; the engine itself has under 200 */
+  NAMES = HALO__TRACE_NAMES,
   NAME_BYTES = 64,
   DEPTH = 64,          /* nested spans of a thread */
   EVENTS = 1 << 18,    /* of one recorded window: about 10 MB, some thousand steps of a small model */
@@ -52,6 +52,7 @@ typedef struct frame {
   int32_t id;
   int64_t t0, inside_ns;
   double bytes, flops;
+  void *mark; /* on the device's clock; NULL: not asked for */
 } frame;
 
 typedef struct event {
@@ -132,7 +133,7 @@ int32_t halo_trace_begin(int32_t id) {
   if (atomic_load_explicit(&trace_level, memory_order_relaxed) == HALO_TRACE_OFF) return 0;
   if (id < 0 || id >= atomic_load_explicit(&n_names, memory_order_relaxed)) return 0;
   if (depth == DEPTH) return 0;
-  stack[depth] = (frame){.id = id, .t0 = now_ns()};
+  stack[depth] = (frame){.id = id, .t0 = now_ns(), .mark = halo__trace_device_begin()};
   return ++depth;
 }
 
@@ -158,6 +159,7 @@ void halo_trace_end(int32_t token) {
     add_double(&t->bytes, f->bytes);
     add_double(&t->flops, f->flops);
     if (depth > 0) stack[depth - 1].inside_ns += ns;
+    if (f->mark != NULL) halo__trace_device_end(f->id, depth > 0 ? stack[depth - 1].id : -1, f->mark);
     if (atomic_load_explicit(&trace_level, memory_order_relaxed) == HALO_TRACE_EVENTS) {
       record_event(f, ns);
     }
@@ -220,7 +222,7 @@ halo_status halo_trace_read(halo_trace_row *out, int32_t id) {
                           .self_seconds = (double)atomic_load(&t->self_ns) * 1e-9,
                           .bytes = atomic_load(&t->bytes),
                           .flops = atomic_load(&t->flops)};
-  return HALO_OK;
+  return halo__trace_device_read(&out->device_seconds, &out->device_self_seconds, id);
 }
 
 void halo_trace_reset(void) {
@@ -232,6 +234,7 @@ void halo_trace_reset(void) {
     atomic_store(&totals[i].bytes, 0);
     atomic_store(&totals[i].flops, 0);
   }
+  halo__trace_device_reset();
 }
 
 /* ---- a window of events --------------------------------------------------------------------- */

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -49,6 +50,24 @@ halo_status halo_cpu_zero(void *y, int64_t bytes) {
 }
 
 halo_status halo_cpu_synchronize(void) { return HALO_OK; }
+
+halo_status halo_cpu_mark(void **mark) {
+  if (*mark == NULL) *mark = malloc(sizeof(struct timespec));
+  HALO_CHECK(*mark != NULL, HALO_ENOMEM, "mark: no memory");
+  clock_gettime(CLOCK_MONOTONIC, *mark);
+  return HALO_OK;
+}
+
+halo_status halo_cpu_mark_seconds(double *out, void *from, void *to) {
+  const struct timespec *a = from, *b = to;
+  *out = (double)(b->tv_sec - a->tv_sec) + 1e-9 * (double)(b->tv_nsec - a->tv_nsec);
+  return HALO_OK;
+}
+
+halo_status halo_cpu_mark_free(void *mark) {
+  free(mark);
+  return HALO_OK;
+}
 
 halo_status halo_cpu_device_count(int32_t *out) {
   *out = 1;

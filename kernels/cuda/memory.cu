@@ -136,6 +136,26 @@ halo_status halo_cuda_zero(void *y, int64_t bytes) {
   return HALO_OK;
 }
 
+halo_status halo_cuda_mark(void **mark) {
+  HALO_CUDA_TRY(open().error);
+  if (*mark == nullptr) HALO_CUDA_TRY(cudaEventCreate((cudaEvent_t *)mark));
+  HALO_CUDA_TRY(cudaEventRecord((cudaEvent_t)*mark, open().stream));
+  return HALO_OK;
+}
+
+halo_status halo_cuda_mark_seconds(double *out, void *from, void *to) {
+  float ms = 0;
+  HALO_CUDA_TRY(cudaEventSynchronize((cudaEvent_t)to));
+  HALO_CUDA_TRY(cudaEventElapsedTime(&ms, (cudaEvent_t)from, (cudaEvent_t)to));
+  *out = 1e-3 * (double)ms;
+  return HALO_OK;
+}
+
+halo_status halo_cuda_mark_free(void *mark) {
+  if (mark != nullptr) HALO_CUDA_TRY(cudaEventDestroy((cudaEvent_t)mark));
+  return HALO_OK;
+}
+
 halo_status halo_cuda_synchronize(void) {
   HALO_CUDA_TRY(open().error);
   HALO_CUDA_TRY(cudaStreamSynchronize(open().stream));

@@ -51,7 +51,7 @@ function M.count(name, bytes, flops) C.halo_trace_count(id_of(name), bytes or 0,
 
 --- All names that were used since the last reset, most expensive first.
 -- @treturn {table,...} `name`, `calls`, `seconds`, `self_seconds`, `share` (of all self_seconds), `bytes`,
--- `flops`
+-- `flops`, `device_seconds`, `device_self_seconds` (0 unless `trace.device` is on)
 function M.totals()
   local row, rows, sum = ffi.new "halo_trace_row[1]", {}, 0
   for id = 0, C.halo_trace_names() - 1 do
@@ -59,7 +59,8 @@ function M.totals()
     local r = row[0]
     if r.calls > 0 then
       rows[#rows + 1] = { name = ffi.string(r.name), calls = tonumber(r.calls), seconds = r.seconds,
-        self_seconds = r.self_seconds, bytes = r.bytes, flops = r.flops }
+        self_seconds = r.self_seconds, bytes = r.bytes, flops = r.flops, device_seconds = r.device_seconds,
+        device_self_seconds = r.device_self_seconds }
       sum = sum + r.self_seconds
     end
   end
@@ -89,6 +90,12 @@ function M.table(n)
       r.flops > 0 and ("%.1f"):format(r.flops * rate) or "-", r.bytes > 0 and ("%.1f"):format(r.bytes * rate) or "-")
   end
   return table.concat(lines, "\n")
+end
+
+--- Time spans on a device's clock as well: `trace.device "cuda"`; `trace.device "cpu"` ends it. Work on a
+-- device is queued, so the host's times of ops say little about it.
+function M.device(name)
+  check(C.halo_trace_device(require("halo.device").number(require("halo.device").require(name, 2))))
 end
 
 --- All totals to zero.
