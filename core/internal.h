@@ -170,6 +170,11 @@ void halo__node_release(halo__node *node);
 halo_status halo__run(halo__call *c, const char *name, halo__call_fn forward,
                       halo__call_fn backward);
 
+/* The op that this thread runs now, for messages: NULL outside of ops. is_backward may be NULL. */
+const char *halo__op_now(bool *is_backward);
+/* Its number (HALO_OP_x or HALO_CALL_x), -1 outside of ops. */
+int32_t halo__op_number_now(void);
+
 /* Ops as C calls, for use inside core. */
 halo_status halo__op1(halo_tensor **out, int32_t op, halo_tensor *x, const double *params,
                       int32_t n_params);

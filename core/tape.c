@@ -60,6 +60,21 @@ struct halo__node {
 static _Thread_local bool recording = true;
 static int64_t next_id, live_nodes;
 
+/* What runs now: the innermost op of this thread. */
+typedef struct running {
+  const char *name; /* NULL: none */
+  int32_t op;
+  bool is_backward;
+} running;
+static _Thread_local running now = {.op = -1};
+
+const char *halo__op_now(bool *is_backward) {
+  if (is_backward != NULL) *is_backward = now.is_backward;
+  return now.name;
+}
+
+int32_t halo__op_number_now(void) { return now.op; }
+
 /* Tokens of checkpoints that died unused; finalizers of other threads may drop nodes as well. */
 static pthread_mutex_t dropped_lock = PTHREAD_MUTEX_INITIALIZER;
 static int64_t *dropped;
@@ -256,7 +271,10 @@ halo_status halo__run(halo__call *c, const char *name, halo__call_fn forward,
   }
   recording = false; // ops that a forward uses inside are not nodes of their own
   const int32_t span = halo__trace_op_begin(c->op, false);
+  const running outer = now;
+  now = (running){.name = name, .op = c->op};
   halo_status status = forward(c);
+  now = outer;
   halo_trace_end(span);
   recording = was_recording;
   if (status == HALO_OK && c->wants_grad) {
@@ -501,7 +519,10 @@ static halo_status run_node(frame *f, halo__node *n) {
   const bool was_recording = recording;
   recording = false;
   const int32_t span = halo__trace_op_begin(c->op, true);
+  const running outer = now;
+  now = (running){.name = n->name, .op = c->op, .is_backward = true};
   halo_status status = n->backward(c);
+  now = outer;
   halo_trace_end(span);
   recording = was_recording;
   for (int32_t i = 0; i < c->n_in; i++) {
