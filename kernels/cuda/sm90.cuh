@@ -198,7 +198,9 @@ HALO__DEVICE uint64_t descriptor(uint32_t address, uint32_t slab_bytes = 16) {
          (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 /* The same tile `bytes` further on. */
-HALO__DEVICE uint64_t descriptor_at(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+HALO__DEVICE uint64_t descriptor_at(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000u) | (uint32_t)((uint32_t)descriptor + (bytes >> 4)); // no carry
+}
 
 /* Before the first wgmma that touches registers written since the last one. */
 HALO__DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
