@@ -6,6 +6,8 @@
 #include <pthread.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /* OpenBLAS has its own count; Debian's OpenMP flavour follows OpenMP's, other builds do not. */
@@ -119,6 +121,28 @@ int32_t halo_set_threads(int32_t n) {
   omp_set_num_threads(n);
   openblas_set_num_threads(n);
   return n;
+}
+
+static bool is_set(const char *name) {
+  const char *value = getenv(name);
+  return value != NULL && value[0] != 0 && strcmp(value, "0") != 0;
+}
+
+static _Atomic int32_t math = -1; // not asked yet
+
+int32_t halo__math(void) {
+  int32_t flags = math;
+  if (flags < 0) {
+    flags = (is_set("HALO_TF32") ? HALO_MATH_TF32 : 0) | (is_set("HALO_MATH_FIXED") ? HALO_MATH_FIXED : 0);
+    math = flags;
+  }
+  return flags;
+}
+
+int32_t halo_set_math(int32_t flags) {
+  const int32_t before = halo__math();
+  if (flags >= 0) math = flags & (HALO_MATH_TF32 | HALO_MATH_FIXED);
+  return before;
 }
 
 int32_t halo_threads(void) { return omp_get_max_threads(); }

@@ -111,6 +111,13 @@ HALO_API void halo_memory_pop_tag(void);
 /* OpenMP and BLAS threads of this process; 0 asks for the machine's share. Returns the number set. */
 HALO_API int32_t halo_set_threads(int32_t n);
 HALO_API int32_t halo_threads(void);
+/* How the CUDA device may multiply. HALO_MATH_TF32: fp32 products on the tensor cores, which round
+ * their inputs to 11 bits (default: true fp32; HALO_TF32=1 in the environment sets it at start).
+ * HALO_MATH_FIXED: algorithms come from the library's own ranking and not from a race on first use,
+ * so that another process adds in the same order (HALO_MATH_FIXED=1 sets it at start). Returns the
+ * flags before; -1 changes nothing. */
+enum { HALO_MATH_TF32 = 1, HALO_MATH_FIXED = 2 };
+HALO_API int32_t halo_set_math(int32_t flags);
 
 /* ---- Random --------------------------------------------------------------------------------- */
 

@@ -190,6 +190,11 @@ enum {
   HALO_CALL__COUNT
 };
 
+/* ---- device.c ------------------------------------------------------------------------------ */
+
+/* The HALO_MATH_ flags in force; kernels/cuda/gemm.cu asks. */
+int32_t halo__math(void);
+
 /* ---- trace.c and signals.c ------------------------------------------------------------------ */
 
 /* A span around an op (HALO_OP_x or HALO_CALL_x); close with halo_trace_end. Never fails; a token is a plain number. */

@@ -22,12 +22,24 @@ typedef struct halo_operand {
   int64_t batch_stride;
 } halo_operand;
 
-/* c = alpha * op(a) op(b) + beta * c, `batch` times; c [m,n], op(a) [m,k], op(b) [k,n], row-major.
- * dtypes are all F64 or any mixture of F32 and BF16 (fp32 sums). beta = 0 never reads c. */
+/* c = alpha * op(a) op(b) + beta * d + bias, `batch` times; c, d [m,n], op(a) [m,k], op(b) [k,n],
+ * row-major. d is c itself or, when `addend` has data, another matrix of c's dtype that does not
+ * overlap c. dtypes are all F64 or any mixture of F32 and BF16 (fp32 sums). beta = 0 never reads d.
+ *
+ * bias [n] in c's dtype is added to every row (NULL: none). bias_grad [m] (NULL: none; F64 with F64,
+ * else F32 or BF16) is what a weight-gradient product gives beside dw = dy^T x, the sum of dy over
+ * its rows:
+ *     bias_grad_i = bias_grad_beta * bias_grad_i + sum over k of op(a)_ik
+ * a must be transposed then, and batch 1. */
 typedef struct halo_gemm {
   halo_operand c, a, b;
   int64_t m, n, k, batch;
   double alpha, beta;
+  halo_operand addend;
+  const void *bias;
+  void *bias_grad;
+  halo_dtype bias_grad_dtype;
+  double bias_grad_beta;
 } halo_gemm;
 
 /* Constants of one AdamW step; step counts from 1. */
