@@ -399,11 +399,15 @@ halo_status plain_bias_grad(const halo_gemm *g) {
                             g->bias_grad_beta);
 }
 
-/* The product with the bias in its epilogue, or with a bias written before. */
+halo_status through_fp32(const halo_gemm *g);
+
+/* The product with the bias in its epilogue; where cuBLASLt cannot (odd layouts), with a bias written
+ * before or, so that bf16 is rounded once, after. */
 halo_status with_bias(const halo_gemm *g) {
   bool is_done = false;
   const int32_t epilogue = g->bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
   HALO_TRY(product(&is_done, g, g->beta, epilogue, g->bias));
+  if (!is_done && g->bias != nullptr && g->c.dtype == HALO_BF16) return through_fp32(g);
   if (!is_done && g->bias != nullptr) {
     HALO_TRY(finish(g, nullptr, g->beta));
     halo_gemm rest = *g;
@@ -445,18 +449,20 @@ halo_status with_bias_grad(const halo_gemm *g) {
   return with_bias(g);
 }
 
-/* Inputs of two dtypes, or a bf16 result of fp32 inputs: the same product in fp32. */
+/* Inputs of two dtypes, or a bf16 result of fp32 inputs or with a bias that the product cannot add: the
+ * same product with fp32 inputs, or into fp32. */
 halo_status through_fp32(const halo_gemm *g) {
   halo_gemm wide = *g;
   void *scratch[3] = {nullptr, nullptr, nullptr};
   halo_status status = HALO_OK;
   wide.bias_grad = nullptr;
   if (g->bias_grad != nullptr) status = plain_bias_grad(g);
-  if (status == HALO_OK && g->a.dtype == HALO_BF16) {
+  const bool is_mixed = g->a.dtype != g->b.dtype;
+  if (status == HALO_OK && is_mixed && g->a.dtype == HALO_BF16) {
     status = widen(&wide.a, g->a, g->a.transposed ? g->k : g->m, g->a.transposed ? g->m : g->k, g->batch);
     if (status == HALO_OK) scratch[0] = wide.a.data;
   }
-  if (status == HALO_OK && g->b.dtype == HALO_BF16) {
+  if (status == HALO_OK && is_mixed && g->b.dtype == HALO_BF16) {
     status = widen(&wide.b, g->b, g->b.transposed ? g->n : g->k, g->b.transposed ? g->k : g->n, g->batch);
     if (status == HALO_OK) scratch[1] = wide.b.data;
   }

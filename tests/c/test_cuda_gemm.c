@@ -155,7 +155,10 @@ static double truth(const setting *s, int64_t i, int64_t r, int64_t j, double *s
     sum += e->beta * d;
     size += fabs(e->beta * d);
   }
-  if (e->has_bias) sum += s->bias.value[s->bias.shift + j];
+  if (e->has_bias) {
+    sum += s->bias.value[s->bias.shift + j];
+    size += fabs(s->bias.value[s->bias.shift + j]);
+  }
   *size_out = size;
   return sum;
 }
