@@ -410,8 +410,9 @@ template <int D, int G> struct consumer {
       float *to = a.lse + it.batch * a.lse_stride[0] + it.head * a.lse_stride[1] +
                   (int64_t)it.block * G + row;
 #pragma unroll
-  __device__ __forceinline__ item meet(item it, float (&sc)[NS], uint32_t (&p)[NS / 2],
-                                       float (&o)[NO]) {
+      for (int r = 0; r < 2; r++) {
+        to[8 * r] = l_end[r] > 0.0f ? m_end[r] * LN_2 + __logf(l_end[r]) : -INFINITY;
+      }
     }
   }
 
