@@ -108,6 +108,19 @@ end
 
 local n_inputs = ffi.new "int32_t[1]"
 
+local is_recomputing = false
+
+--- Is a function running again, to rebuild what backward needs? What it returns then only carries the tape.
+function M.is_recomputing() return is_recomputing end
+
+local function again(fn, ...)
+  is_recomputing = true
+  local results = { pcall(fn, ...) }
+  is_recomputing = false
+  if not results[1] then error(results[2], 0) end
+  return unpack(results, 2, table.maxn(results))
+end
+
 -- Answer HALO_BACKWARD_RECOMPUTE: run the function again, on the fresh leaves that the engine gives.
 local function recompute(backward, token)
   local entry = pending[token]
@@ -120,7 +133,7 @@ local function recompute(backward, token)
   local given = {}
   for i = 1, entry.n_given do given[i] = entry.given[i] end
   for i, place in ipairs(entry.places) do given[place] = tensor.borrow(leaves[i - 1]) end
-  local results = counted(M.enable_grad(entry.fn, unpack(given, 1, entry.n_given)))
+  local results = counted(M.enable_grad(again, entry.fn, unpack(given, 1, entry.n_given)))
   local outputs = ffi.new("halo_tensor *[?]", C.HALO_MAX_OUTPUTS)
   for i = 1, results.n do
     if is_tensor(results[i]) then outputs[i - 1] = results[i] end

@@ -48,6 +48,23 @@ end,
   { inputs = { { shape = { 33, 17 } }, { shape = { 19, 17 } } } },
 }
 
+M.gated_mlp = { reference = function(_, x, gate, up, down, residual)
+  local g, u = times_transposed(x, gate), times_transposed(x, up)
+  local h = arrays.zip(function(a, b) return a / (1 + exp(-a)) * b end, g, u)
+  local y = times_transposed(h, down)
+  return residual and arrays.zip(function(a, b) return a + b end, y, residual) or y
+end,
+  bounds = { bf16 = { relative = 2 ^ -6, absolute = 0.5 } }, -- g, u and h (to 30) are rounded, too
+  { inputs = { { shape = { 3, 4 } }, { shape = { 6, 4 } }, { shape = { 6, 4 } }, { shape = { 4, 6 } } } },
+  { inputs = { { shape = { 3, 4 } }, { shape = { 6, 4 } }, { shape = { 6, 4 } }, { shape = { 4, 6 } },
+    { shape = { 3, 4 } } } },
+  { inputs = { { shape = { 2, 5, 4 } }, { shape = { 7, 4 } }, { shape = { 7, 4 } }, { shape = { 4, 7 } },
+    { shape = { 2, 5, 4 } } }, params = { chunk = 4 } },
+  { inputs = { { shape = { 7, 3 } }, { shape = { 5, 3 } }, { shape = { 5, 3 } }, { shape = { 3, 5 } },
+    { shape = { 7, 3 } } }, params = { chunk = 3, save = 1 } },
+  { inputs = { { shape = { 0, 4 } }, { shape = { 6, 4 } }, { shape = { 6, 4 } }, { shape = { 4, 6 } } } },
+}
+
 M.rmsnorm = { reference = function(p, x, w)
   return rows(x, function(run)
     local s, y = 0, {}

@@ -15,6 +15,7 @@ local autograd = require "halo.autograd"
 local errors = require "halo.errors"
 local halo_ffi = require "halo.ffi"
 local init_weights = require "halo.model.init_weights"
+local memory = require "halo.memory"
 local ops = require "halo.ops"
 local rope = require "halo.rope"
 local tensor = require "halo.tensor"
@@ -145,61 +146,42 @@ local function attention_block(self, layer, x, run)
   return x + ops.linear(o, w[a .. "o_proj.weight"], nil)
 end
 
-local function mlp(self, p, h)
-  local w = self.weight
-  local gate = ops.linear(h, w[p .. "mlp.gate_proj.weight"], nil)
-  local up = ops.linear(h, w[p .. "mlp.up_proj.weight"], nil)
-  return ops.linear(ops.swiglu(gate, up), w[p .. "mlp.down_proj.weight"], nil)
-end
-
--- Any number of parts along the token dim; the op takes a few at a time.
-local function join(parts)
-  while #parts > 1 do
-    local next_parts = {}
-    for i = 1, #parts, 8 do
-      local group = { dim = 2 }
-      for j = i, math.min(i + 7, #parts) do group[#group + 1] = parts[j] end
-      next_parts[#next_parts + 1] = #group == 1 and group[1] or ops.cat(group)
-    end
-    parts = next_parts
-  end
-  return parts[1]
-end
-
--- The MLP's inner activations are ffn/width times the hidden state: in chunks of tokens they never
--- exist at full length (DESIGN D5).
-local function mlp_block(self, layer, x, run)
-  local p = ("model.layers.%d."):format(layer - 1)
-  local h = ops.rmsnorm(x, self.weight[p .. "post_attention_layernorm.weight"], { eps = self.config.eps })
-  local tokens, chunk = x:size(2), run.mlp_chunk or 0
-  if chunk <= 0 or tokens <= chunk then return x + mlp(self, p, h) end
-  local parts = {}
-  for from = 1, tokens, chunk do
-    local part = h:slice { dim = 2, from = from, to = math.min(from + chunk - 1, tokens) }
-    parts[#parts + 1] = mlp(self, p, part)
-  end
-  return x + join(parts)
+-- The MLP's inner activations are ffn/width times the hidden state: one op makes them for a chunk of tokens
+-- at a time (DESIGN D5). Where the layer is run again for backward its own last result is not needed, so
+-- that call is dry.
+local function mlp_block(self, layer, x, run, is_again)
+  local p, w = ("model.layers.%d."):format(layer - 1), self.weight
+  local h = ops.rmsnorm(x, w[p .. "post_attention_layernorm.weight"], { eps = self.config.eps })
+  local rows, chunk = x:size(1) * x:size(2), run.mlp_chunk or 0
+  return ops.gated_mlp(h, w[p .. "mlp.gate_proj.weight"], w[p .. "mlp.up_proj.weight"],
+    w[p .. "mlp.down_proj.weight"], x, { chunk = chunk, dry = is_again,
+      save = not run.recompute and (chunk <= 0 or rows <= chunk) })
 end
 
 --- One layer, from hidden state to hidden state.
-function Model:layer(layer, x, run)
-  return mlp_block(self, layer, attention_block(self, layer, x, run), run)
+-- @tparam[opt] boolean is_again only the tape of the result is wanted: no data in it
+function Model:layer(layer, x, run, is_again)
+  local between = memory.scope(attention_block, self, layer, x, run) -- q, k, v and their like end here
+  return mlp_block(self, layer, between, run, is_again or false)
 end
 
 --- Final hidden states `[B,T,E]` (after the last norm).
 -- @tparam Tensor ids i32 `[B,T]`
 -- @tparam table run `cos`, `sin` (from `positions`), `attend(layer, q, k, v) -> o`,
---   `recompute` (run each layer again in backward), `mlp_chunk` (tokens, 0 = whole),
+--   `recompute` (run each layer again in backward), `mlp_chunk` (rows of the MLP at hand, 0 = all; longer
+--   inputs than that are made again in backward),
 --   `each_layer(layer, x)` (called with every layer's output; for probes)
 function Model:hidden(ids, run)
   local x = ops.embedding(self.weight["model.embed_tokens.weight"], ids)
   for layer = 1, self.config.layers do
-    if run.recompute then
-      x = autograd.checkpoint(function(y) return self:layer(layer, y, run) end, x)
+    local before = x
+    if run.recompute and autograd.is_enabled() then
+      x = autograd.checkpoint(function(y) return self:layer(layer, y, run, autograd.is_recomputing()) end, x)
     else
-      x = self:layer(layer, x, run)
+      x = memory.scope(self.layer, self, layer, x, run)
     end
-    if run.each_layer then run.each_layer(layer, x) end
+    -- What backward needs of it the tape holds; a probe may want to keep it.
+    if run.each_layer then run.each_layer(layer, x) else before:free() end
   end
   return ops.rmsnorm(x, self.weight["model.norm.weight"], { eps = self.config.eps })
 end
