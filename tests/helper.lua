@@ -12,6 +12,10 @@ require "halo.ffi"
 require "halo.ops" -- and halo.tensor, whose metatype can be set once per process
 require "halo.autograd" -- holds the functions that backward runs again
 
+-- Run specs with another default device: HALO_TEST_DEVICE=cuda busted ...
+local device = os.getenv "HALO_TEST_DEVICE"
+if device and device ~= "" then require "halo.device"(device) end
+
 local M = {}
 
 --- Root of the checkout, with a slash.

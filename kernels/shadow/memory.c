@@ -145,8 +145,10 @@ static void poison(void *p, int64_t bytes) {
   halo__shadow_close();
 }
 
-/* First hole that is large enough, else the end of what is used; -1: full. */
-static int64_t place(int64_t bytes) {
+/* First hole that is large enough (its content is poison already), else the end of what is used; -1:
+ * full. */
+static int64_t place(int64_t bytes, bool *is_new) {
+  *is_new = false;
   for (int32_t i = 0; i < n_holes; i++) {
     if (holes[i].bytes < bytes) continue;
     const int64_t at = holes[i].at;
@@ -155,6 +157,7 @@ static int64_t place(int64_t bytes) {
     if (holes[i].bytes == 0) memmove(&holes[i], &holes[i + 1], (size_t)(--n_holes - i) * sizeof *holes);
     return at;
   }
+  *is_new = true;
   if (bytes > capacity - used) return -1;
   if (depth > 0) { // new pages are open like the others
     mprotect(arena + used / 4096 * 4096, (size_t)(bytes + 8192) / 4096 * 4096, PROT_READ | PROT_WRITE);
@@ -167,11 +170,12 @@ halo_status halo_cuda_memory_new(void **out, int64_t asked) {
   pthread_once(&once, reserve);
   const int64_t bytes = rounded(asked);
   pthread_mutex_lock(&lock);
-  const int64_t at = place(bytes);
+  bool is_new = false;
+  const int64_t at = place(bytes, &is_new);
   pthread_mutex_unlock(&lock);
   HALO_CHECK(at >= 0, HALO_ENOMEM, "shadow: no %lld bytes in the arena", (long long)asked);
   *out = arena + at;
-  poison(*out, bytes);
+  if (is_new) poison(*out, bytes);
   return HALO_OK;
 }
 

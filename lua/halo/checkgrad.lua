@@ -14,7 +14,10 @@
 -- rounding of the results decides. A gradient that is wrong by 1 % has an error of 1e-2; the bound is 1e-6.
 local args = require "halo.args"
 local errors = require "halo.errors"
+local halo_ffi = require "halo.ffi"
 local tensor = require "halo.tensor"
+
+local ffi, C, check = halo_ffi.ffi, halo_ffi.C, halo_ffi.check
 
 local M = {}
 
@@ -97,16 +100,20 @@ local function evaluate(o)
   end)
 end
 
--- d(weighted sum)/d(element at p). Differences are summed, not sums subtracted: what the element does
--- not reach cancels exactly.
-local function difference(o, weights, p, i)
-  local x = p[i]
+local number = ffi.new "double[1]"
+
+-- d(weighted sum)/d(element i of the input). Differences are summed, not sums subtracted: what the element
+-- does not reach cancels exactly.
+local function difference(o, weights, input, i)
+  check(C.halo_tensor_get(input, i, number))
+  local x = number[0]
   local h = 6e-6 * math.max(1, math.abs(x))
-  p[i] = x + h
-  local up, above = p[i], evaluate(o)
-  p[i] = x - h
-  local down, below = p[i], evaluate(o)
-  p[i] = x
+  local up, down = x + h, x - h
+  check(C.halo_tensor_set(input, i, up))
+  local above = evaluate(o)
+  check(C.halo_tensor_set(input, i, down))
+  local below = evaluate(o)
+  check(C.halo_tensor_set(input, i, x))
   local sum = 0
   for k, values in ipairs(above) do
     for j, v in ipairs(values) do sum = sum + weights[k][j] * (v - below[k][j]) end
@@ -122,7 +129,6 @@ local function places(n, samples, seed)
     return list
   end
   local seen = {}
-  local C = require("halo.ffi").C
   local k = 0
   while #list < samples do
     local i = math.floor(C.halo_random_uniform(seed, 77, k) * n) + 1
@@ -164,9 +170,9 @@ function M.run(o)
     w:free()
   end
   for i, x in ipairs(o.inputs) do
-    local p, numeric = x:pointer(), {}
+    local numeric = {}
     for _, j in ipairs(places(x.count, o.samples, o.seed)) do
-      numeric[j] = difference(o, flat, p, j - 1)
+      numeric[j] = difference(o, flat, x, j - 1)
       report.checked = report.checked + 1
     end
     report.numeric[i] = numeric

@@ -240,9 +240,15 @@ function methods.host(t)
   return host, dtype
 end
 
---- Pointer to the first element in the tensor's C type; the tensor must outlive its use. Writing
--- through it is not seen by the tape. Strides apply: ask `is_contiguous`.
-function methods.pointer(t) return ffi.cast(host_pointers[fields.dtype(t)], C.halo_tensor_data(t)) end
+--- Pointer to the first element in the tensor's C type; the tensor must outlive its use and be in host
+-- memory. Writing through it is not seen by the tape. Strides apply: ask `is_contiguous`.
+function methods.pointer(t)
+  if fields.device(t) ~= "cpu" then
+    errors.raise("usage", ("pointer: %s is on %s, where the host cannot follow; host() copies"):format(M.describe(t),
+      fields.device(t)), 2)
+  end
+  return ffi.cast(host_pointers[fields.dtype(t)], C.halo_tensor_data(t))
+end
 
 local number = ffi.new "double[1]"
 
