@@ -31,7 +31,7 @@ function trim(s) { sub(/^ +/, "", s); sub(/ +$/, "", s); return s }
     type = substr(a, 1, length(a) - length(id))
     gsub(/const /, "", type); gsub(/ /, "", type)
     call = call (i > 1 ? ", " : "") id
-    if (type !~ /\*$/) continue
+    if (type !~ /\*$/ || name ~ /^mark/) continue # marks are host memory on the host's clock
     if (type ~ /^halo_/) {
       sub(/\*$/, "", type)
       checks = checks "  HALO_TRY(halo__shadow_" type "(\"" name "\", " id "));\n"

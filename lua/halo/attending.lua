@@ -192,11 +192,14 @@ end
 
 --- Sampled recall per head of a plan: the share of dense attention mass that it keeps.
 function Attending:recall_of(plan, layer, q, k, samples)
-  local heads = self.config.heads
+  local heads, list = self.config.heads, {}
+  if C.halo_plan_is_dense(plan.handle or plan) ~= 0 then
+    for h = 1, heads do list[h] = 1 end -- nothing to sample
+    return list
+  end
   local out = ffi.new("double[?]", heads)
   check(C.halo_attention_recall(out, q, k, plan.handle or plan, self.ring.handle or self.ring, self.scale,
     samples, 0x726563, self.step * 4096 + layer))
-  local list = {}
   for h = 1, heads do list[h] = tonumber(out[h - 1]) end
   return list
 end

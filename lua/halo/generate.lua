@@ -11,6 +11,7 @@
 local args = require "halo.args"
 local attending = require "halo.attending"
 local autograd = require "halo.autograd"
+local decoder = require "halo.model.decoder"
 local halo_ffi = require "halo.ffi"
 local ops = require "halo.ops"
 local memory = require "halo.memory"
@@ -148,7 +149,7 @@ function M.run(o)
     local length = n + o.tokens
     local cache = new_cache(model, attend:local_tokens() + o.tokens)
     local ids, positions = attend:cut(o.ids, model.device)
-    local run = { mlp_chunk = 4096 }
+    local run = { mlp_chunk = decoder.mlp_chunk[model.device] }
     run.cos, run.sin = model:positions(positions, o.rope_length or length)
     local here = attend:local_tokens()
     function run.attend(layer, q, k, v)

@@ -1,5 +1,6 @@
---- One training step of a model of 124 M parameters: where the time goes, and how near it is to the time
--- that its products alone would take by plain BLAS.
+--- One training step: where the time goes, and how near it is to the time that its products alone would
+-- take. On the CPU beside plain BLAS, as below; on a device beside a large product of its own, with times
+-- from the device's clock (halo.device_step).
 --
 --    bound = sum over all products of (calls x best sgemm time of that shape), measured between steps
 --          + flops of attention / best sgemm rate seen
@@ -8,10 +9,17 @@
 -- On a machine that others use, the best of a product (a tenth of a second) finds a quiet moment sooner
 -- than the best of a step does; the same ratio of means is printed beside it.
 --
--- The shape is GPT-2 small's (12 layers, width 768, 12 heads, vocabulary 50257, T = 1024, B = 4) with a
--- gated MLP of 2048, which has as many weights as GPT-2's of 3072.
+-- Shapes: gpt2-124m is GPT-2 small's (12 layers, width 768, 12 heads, vocabulary 50257, T = 1024, B = 4; on a
+-- device B = 64 and a vocabulary of 50304, a multiple of 64 as llm.c pads it) with a gated MLP of 2048, which
+-- has as many weights as GPT-2's of 3072. qwen2.5-3b is that model with random weights, blocks recomputed.
+--
+-- halo bench step                                        124 M parameters on the CPU
+-- halo bench step device=cuda model=qwen2.5-3b tokens=32768
+local args = require "halo.args"
 local attending = require "halo.attending"
 local bench = require "halo.bench"
+local devices = require "halo.device"
+local errors = require "halo.errors"
 local ffi = require "ffi"
 local memory = require "halo.memory"
 local model = require "halo.model"
@@ -23,23 +31,48 @@ local trace = require "halo.trace"
 local M = {
   name = "step",
   summary = "one training step: tokens/s, share of each op, peak memory",
-  options = { layers = { "int", 12 }, width = { "int", 768 }, heads = { "int", 12 }, kv_heads = "int?",
-    ffn = { "int", 2048 }, vocab = { "int", 50257 }, batch = { "int", 4 }, tokens = { "int", 1024 },
-    steps = { "int", 3 }, recompute = { "boolean", false }, dtype = { "string", "f32" } },
+  options = { model = { "string", "gpt2-124m" }, device = { "string", "cpu" }, layers = "int?", width = "int?",
+    heads = "int?", kv_heads = "int?", head_dim = "int?", ffn = "int?", vocab = "int?", batch = "int?",
+    tokens = "int?", steps = { "int", 3 }, recompute = "boolean?", offload = { "boolean", false },
+    dtype = "string?", lr = { "number", 3e-4 } },
 }
 
+local shapes = {
+  ["gpt2-124m"] = { family = "llama", layers = 12, width = 768, heads = 12, ffn = 2048, vocab = 50257, batch = 4,
+    tokens = 1024, recompute = false, on_device = { batch = 64, vocab = 50304 } },
+  ["qwen2.5-3b"] = { family = "qwen2", layers = 36, width = 2048, heads = 16, kv_heads = 2, head_dim = 128,
+    ffn = 11008, vocab = 151936, batch = 1, tokens = 32768, recompute = true },
+}
+
+-- Options with what the shape and the device say where the user does not.
+local function complete(o)
+  local shape = shapes[o.model]
+  if not shape then
+    errors.raise("usage", ("bench step: no shape %q%s"):format(o.model, args.did_you_mean(o.model, args.keys(shapes))),
+      0)
+  end
+  local out = { on_device = nil }
+  for name, value in pairs(shape) do out[name] = value end
+  for name, value in pairs(o.device ~= "cpu" and shape.on_device or {}) do out[name] = value end
+  for name, value in pairs(o) do out[name] = value end
+  out.dtype = out.dtype or (o.device == "cpu" and "f32" or "bf16")
+  return out
+end
+
 local function build(o)
-  local config = model.config { family = "llama", layers = o.layers, width = o.width, heads = o.heads,
-    kv_heads = o.kv_heads, ffn = o.ffn, vocab = o.vocab, context = o.tokens, tie = true }
-  return memory.with_tag("weights", model.build, config, { dtype = o.dtype })
+  local config = model.config { family = o.family, layers = o.layers, width = o.width, heads = o.heads,
+    kv_heads = o.kv_heads, head_dim = o.head_dim, ffn = o.ffn, vocab = o.vocab, context = o.tokens, tie = true }
+  return memory.with_tag("weights", model.build, config, { dtype = o.dtype, device = o.device })
 end
 
 -- A batch of random tokens; content does not matter for time.
 local function batch_of(o)
-  local ids = tensor.uniform { o.batch, o.tokens, lo = 0, hi = o.vocab, seed = 1 }:cast "i32"
-  local labels = tensor.uniform { o.batch, o.tokens, lo = 0, hi = o.vocab, seed = 2 }:cast "i32"
-  local positions = tensor.arange { count = o.tokens, dtype = "i32" }:reshape { 1, o.tokens }
-  return ids, labels, positions
+  local function random(seed)
+    return tensor.uniform { o.batch, o.tokens, lo = 0, hi = o.vocab, seed = seed, device = "cpu" }:cast("i32")
+      :to(o.device)
+  end
+  local positions = tensor.arange { count = o.tokens, dtype = "i32", device = o.device }:reshape { 1, o.tokens }
+  return random(1), random(2), positions
 end
 
 -- Products of a step as { m, n, k, form, count }: every linear has one forward and two backward.
@@ -94,14 +127,14 @@ local function step_once(self)
   opt:zero_grad()
   self.attend:begin {}
   local loss = memory.with_tag("activations", memory.scope, function()
-    local run = { recompute = o.recompute }
+    local run = { recompute = o.recompute, offload = o.offload, mlp_chunk = model.decoder.mlp_chunk[o.device] }
     function run.attend(layer, q, k, v) return self.attend:attend(layer, q, k, v) end
     run.cos, run.sin = m:positions(self.positions, o.tokens)
     local sum, count = m:loss(self.ids, self.labels, run)
     sum:backward()
     return sum:item() / count:item()
   end)
-  opt:step { lr = 3e-4, scale = 1 / (o.batch * o.tokens), clip = 1 }
+  opt:step { lr = o.lr, scale = 1 / (o.batch * o.tokens), clip = 1 }
   return loss
 end
 
@@ -127,14 +160,24 @@ local function rows_of(totals, steps, step_seconds)
   return rows, data
 end
 
-function M.run(o)
-  local self = { o = o }
-  memory.reset_peak()
-  self.model = build(o)
+--- A model, its optimizer and a batch, ready to step: `self:step()` returns the loss.
+-- @tparam table o options as of the benchmark
+function M.prepare(o)
+  o = complete(o)
+  devices.require(o.device, 0)
+  memory.reset_peak(o.device)
+  local self = { o = o, step = step_once, model = build(o) }
   self.optimizer = optim.adamw(self.model.parameters, { decay = 0.1 })
   self.attend = attending.dense(self.model.config)
   self.attend:set_context(o.tokens, o.batch)
   self.ids, self.labels, self.positions = batch_of(o)
+  return self
+end
+
+function M.run(o)
+  local self = M.prepare(o)
+  o = self.o
+  if o.device ~= "cpu" then return require("halo.device_step").run(self) end
   local c = self.model.config
   local list = products(c, o)
 

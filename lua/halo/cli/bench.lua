@@ -5,7 +5,7 @@ local errors = require "halo.errors"
 local M = {
   name = "bench",
   summary = "Measure speed: products, ops, attention, a whole training step.",
-  example = "halo bench attention tokens=4096 kept=0.1",
+  example = "halo bench step device=cuda model=qwen2.5-3b tokens=32768",
 }
 
 function M.define(command)
@@ -13,6 +13,7 @@ function M.define(command)
   command:argument("options", "its options, as tokens=4096"):args "*"
   command:option("--threads", "threads to measure with (default: all)"):convert(cli.count):argname "N"
   command:flag("--json", "the figures as JSON")
+  command:option("--output", "write the figures as JSON to this file as well"):argname "FILE"
 end
 
 -- "tokens=4096" -> { tokens = 4096 }, typed by what the benchmark says of its options.
@@ -55,6 +56,7 @@ function M.run(options)
   local fields = options_of(options.options, bench.get(options.what).options)
   fields.threads = options.threads
   local result = bench.run(options.what, fields)
+  if options.output then require("halo.fs").write(options.output, bench.json(options.what, result)) end
   io.stdout:write(options.json and bench.json(options.what, result) or tostring(result) .. "\n")
 end
 

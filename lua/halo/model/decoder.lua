@@ -27,6 +27,10 @@ Model.__index = Model
 
 local M = {}
 
+--- Rows of the MLP at hand at once, by device: the least that costs no speed. A chunk adds to every weight
+-- gradient once, so a GPU wants some thousand rows (core/nn_mlp.c).
+M.mlp_chunk = { cpu = 4096, cuda = 16384 }
+
 local function fail(...) errors.raise("usage", "model: " .. string.format(...), 3) end
 
 --- Sizes that every family needs, checked where a wrong one would otherwise show up as a shape error
