@@ -120,6 +120,12 @@ halo_status halo__view(halo_tensor **out, halo_tensor *t, int32_t ndim, const in
                        const int64_t *stride, int64_t offset);
 /* t itself (retained) when contiguous, else a contiguous copy. */
 halo_status halo__contiguous(halo_tensor **out, halo_tensor *t);
+/* A view of n contiguous tensors that lie one after the other in one piece of memory and agree in all
+ * dims but the first; *out stays NULL where they do not. */
+halo_status halo__joined(halo_tensor **out, halo_tensor *const *parts, int32_t n);
+/* A tensor without data (halo_tensor_data gives NULL). */
+halo_status halo__meta_new(halo_tensor **out, halo_dtype dtype, halo_device device, int32_t ndim,
+                           const int64_t *shape);
 /* Shape, dtype and device of t without its data (halo_tensor_data gives NULL). */
 halo_status halo__meta_like(halo_tensor **out, const halo_tensor *t);
 /* A tensor over memory somebody else owns; release(data, owner) runs when the last view goes. */

@@ -2,7 +2,8 @@
  * rotary embedding, SwiGLU. The losses are in nn_loss.c, the arithmetic is in kernels/.
  *
  * Every op sees its tensor as a matrix of rows: leading dims are collapsed when one stride
- * describes them, so a slice of a packed projection goes to the kernels without a copy.
+ * describes them, so a slice of a packed projection goes to the kernels without a copy. The
+ * feed-forward layer as one op is in nn_mlp.c.
  *
  * Weight gradients are added where the leaf already keeps its gradient (accumulate_into), in the
  * fp32 of the optimizer's flat buffer even for bf16 weights: the product runs with beta = 1, and no
@@ -155,7 +156,8 @@ done:
 
 /* ---- linear -------------------------------------------------------------------------------- */
 
-static halo_status check_linear(const halo_tensor *x, const halo_tensor *w, const halo_tensor *b) {
+static halo_status check_linear(const halo_tensor *x, const halo_tensor *w, const halo_tensor *b,
+                                const halo_tensor *add) {
   HALO_CHECK(halo__is_float(x->dtype) && x->ndim >= 1, HALO_EARG,
              "linear: x must be a floating [...,I], got %s", halo__describe(x));
   HALO_CHECK(w->dtype == x->dtype && w->ndim == 2 && w->shape[1] == x->shape[x->ndim - 1],
@@ -165,40 +167,49 @@ static halo_status check_linear(const halo_tensor *x, const halo_tensor *w, cons
   HALO_CHECK(b == NULL || (b->dtype == x->dtype && b->ndim == 1 && b->shape[0] == w->shape[0]),
              HALO_EARG, "linear: bias must be %s [%lld], got %s", halo_dtype_name(x->dtype),
              (long long)w->shape[0], halo__describe(b));
+  bool fits = add == NULL || (add->dtype == x->dtype && add->ndim == x->ndim);
+  for (int32_t d = 0; fits && add != NULL && d < x->ndim; d++) {
+    fits = add->shape[d] == (d + 1 < x->ndim ? x->shape[d] : w->shape[0]);
+  }
+  HALO_CHECK(fits, HALO_EARG, "linear: add must be like the result of %s and %s, got %s",
+             halo__describe(x), halo__describe(w), halo__describe(add));
   return HALO_OK;
 }
 
 halo_status halo__linear_fwd(halo__call *c) {
   halo_tensor *x = c->in[0], *w = c->in[1], *bias = c->in[2], *b = NULL;
-  HALO_TRY(check_linear(x, w, bias));
+  HALO_TRY(check_linear(x, w, bias, c->in[3]));
   const halo_device device = halo__device(x);
   const int64_t outputs = w->shape[0];
   int64_t shape[HALO_MAX_DIMS];
   memcpy(shape, x->shape, sizeof shape);
   shape[x->ndim - 1] = outputs;
-  halo__matrix mx = {0}, mw = {0};
+  halo__matrix mx = {0}, mw = {0}, add = {0};
   halo_status status = HALO_OK;
   HALO_TRY_GOTO(halo_tensor_new(&c->out[0], x->dtype, device, x->ndim, shape));
   HALO_TRY_GOTO(halo__matrix_of(&mx, x));
   HALO_TRY_GOTO(halo__matrix_of(&mw, w));
-  void *y = halo__data(c->out[0]);
+  halo_gemm product = {.c = halo__operand(halo__data(c->out[0]), x->dtype, outputs, false),
+                       .a = halo__operand(mx.data, x->dtype, mx.ld, false),
+                       .b = halo__operand(mw.data, x->dtype, mw.ld, true),
+                       .m = mx.rows, .n = outputs, .k = mx.cols, .batch = 1, .alpha = 1};
   if (bias != NULL) {
     HALO_TRY_GOTO(halo__contiguous(&b, bias));
-    HALO_TRY_GOTO(halo__kernels(device)->bias_rows(x->dtype, y, outputs, halo__data(b), mx.rows,
-                                                   outputs));
+    product.bias = halo__data(b);
   }
-  const halo_gemm product = {.c = halo__operand(y, x->dtype, outputs, false),
-                             .a = halo__operand(mx.data, x->dtype, mx.ld, false),
-                             .b = halo__operand(mw.data, x->dtype, mw.ld, true),
-                             .m = mx.rows, .n = outputs, .k = mx.cols, .batch = 1,
-                             .alpha = 1, .beta = bias != NULL ? 1 : 0};
+  if (c->in[3] != NULL) {
+    HALO_TRY_GOTO(halo__matrix_of(&add, c->in[3]));
+    product.addend = halo__operand(add.data, x->dtype, add.ld, false);
+    product.beta = 1;
+  }
   HALO_TRY_GOTO(halo__gemm(device, &product));
   c->drop_in[0] = !c->need_grad[1];
   c->drop_in[1] = !c->need_grad[0];
-  c->drop_in[2] = true;
+  c->drop_in[2] = c->drop_in[3] = true;
 done:
   halo__matrix_free(&mx);
   halo__matrix_free(&mw);
+  halo__matrix_free(&add);
   halo_tensor_free(b);
   return status;
 }
@@ -220,44 +231,108 @@ static halo_status linear_dx(halo__call *c, const halo__matrix *dy) {
   return status;
 }
 
-/* dw += dy^T x */
+/* dw += dy^T x and, beside it, db += the sum of the rows of dy; either may be unwanted. */
 static halo_status linear_dw(halo__call *c, const halo__matrix *dy) {
-  halo_tensor *x = c->in[0], *into = NULL;
-  const halo_dtype t = x->dtype;
-  double beta = 0;
-  HALO_TRY(halo__grad_target(c, 1, t, &into, &beta));
+  halo_tensor *x = c->in[0], *dw = NULL, *db = NULL;
+  const halo_dtype t = dy->tensor->dtype;
+  const bool wants_dw = c->need_grad[1], wants_db = c->in[2] != NULL && c->need_grad[2];
+  double beta = 0, beta_db = 0;
   halo__matrix mx = {0};
+  if (wants_db) HALO_TRY(halo__grad_target(c, 2, c->in[2]->dtype, &db, &beta_db));
+  if (!wants_dw) {
+    if (!wants_db) return HALO_OK;
+    halo_trace_work((double)(dy->rows * dy->cols * halo_dtype_bytes(t)), 0);
+    return halo__kernels(halo__device(db))
+        ->sum_rows(db->dtype, halo__data(db), t, dy->data, dy->ld, dy->rows, dy->cols, beta_db);
+  }
+  HALO_TRY(halo__grad_target(c, 1, t, &dw, &beta));
   HALO_TRY(halo__matrix_of(&mx, x));
-  const halo_gemm product = {.c = halo__operand(halo__data(into), into->dtype, mx.cols, false),
-                             .a = halo__operand(dy->data, t, dy->ld, true),
-                             .b = halo__operand(mx.data, t, mx.ld, false),
-                             .m = dy->cols, .n = mx.cols, .k = dy->rows, .batch = 1, .alpha = 1,
-                             .beta = beta};
+  halo_gemm product = {.c = halo__operand(halo__data(dw), dw->dtype, mx.cols, false),
+                       .a = halo__operand(dy->data, t, dy->ld, true),
+                       .b = halo__operand(mx.data, t, mx.ld, false),
+                       .m = dy->cols, .n = mx.cols, .k = dy->rows, .batch = 1, .alpha = 1,
+                       .beta = beta};
+  if (wants_db) {
+    product.bias_grad = halo__data(db);
+    product.bias_grad_dtype = db->dtype;
+    product.bias_grad_beta = beta_db;
+  }
   halo_status status = halo__gemm(halo__device(x), &product);
   halo__matrix_free(&mx);
   return status;
-}
-
-static halo_status linear_db(halo__call *c, const halo__matrix *dy) {
-  halo_tensor *into = NULL;
-  double beta = 0;
-  HALO_TRY(halo__grad_target(c, 2, c->in[2]->dtype, &into, &beta));
-  halo_trace_work((double)(dy->rows * dy->cols * halo_dtype_bytes(dy->tensor->dtype)), 0);
-  return halo__kernels(halo__device(into))
-      ->sum_rows(into->dtype, halo__data(into), dy->tensor->dtype, dy->data, dy->ld, dy->rows,
-                 dy->cols, beta);
 }
 
 halo_status halo__linear_bwd(halo__call *c) {
   halo__matrix dy = {0};
   halo_status status = HALO_OK;
   HALO_TRY_GOTO(halo__matrix_of(&dy, c->grad_out[0]));
-  if (c->need_grad[1]) HALO_TRY_GOTO(linear_dw(c, &dy));
-  if (c->in[2] != NULL && c->need_grad[2]) HALO_TRY_GOTO(linear_db(c, &dy));
+  HALO_TRY_GOTO(linear_dw(c, &dy));
   if (c->need_grad[0]) HALO_TRY_GOTO(linear_dx(c, &dy));
+  if (c->in[3] != NULL && c->need_grad[3]) {
+    HALO_TRY_GOTO(halo_tensor_retain(&c->grad_in[3], c->grad_out[0]));
+  }
 done:
   halo__matrix_free(&dy);
   return status;
+}
+
+/* ---- packed projections -------------------------------------------------------------------- */
+
+/* Heads [first, first + n) of packed [..., all, D], given as [..., all * D]. */
+static halo_status heads_view(halo_tensor **out, halo_tensor *x, int64_t first, int64_t n, int64_t size) {
+  int64_t shape[HALO_MAX_DIMS], stride[HALO_MAX_DIMS];
+  const int32_t last = x->ndim - 1;
+  memcpy(shape, x->shape, sizeof shape);
+  memcpy(stride, x->stride, sizeof stride);
+  shape[last] = n;
+  stride[last + 1] = x->stride[last];
+  stride[last] = size * x->stride[last];
+  shape[last + 1] = size;
+  return halo__view(out, x, x->ndim + 1, shape, stride, first * stride[last]);
+}
+
+static halo_status check_split(const halo__call *c, int64_t *first, int64_t *n, int64_t *size_out) {
+  const halo_tensor *x = c->in[0];
+  const double heads = c->param[0], kv_heads = c->param[1], all = heads + 2 * kv_heads;
+  HALO_CHECK(heads >= 1 && kv_heads >= 1 && all < 1e6 && heads == (double)(int64_t)heads &&
+                 kv_heads == (double)(int64_t)kv_heads,
+             HALO_EARG, "split_qkv: heads %g and kv_heads %g must be whole numbers from 1 on", heads,
+             kv_heads);
+  HALO_CHECK(halo__is_float(x->dtype) && x->ndim >= 1 && x->ndim < HALO_MAX_DIMS &&
+                 x->shape[x->ndim - 1] % (int64_t)all == 0,
+             HALO_EARG, "split_qkv: x must be a floating [...,%lld D], got %s", (long long)all,
+             halo__describe(x));
+  n[0] = (int64_t)heads;
+  n[1] = n[2] = (int64_t)kv_heads;
+  first[0] = 0;
+  first[1] = n[0];
+  first[2] = n[0] + n[1];
+  *size_out = x->shape[x->ndim - 1] / (int64_t)all;
+  return HALO_OK;
+}
+
+halo_status halo__split_qkv_fwd(halo__call *c) {
+  int64_t first[3], n[3], size = 0;
+  HALO_TRY(check_split(c, first, n, &size));
+  c->drop_in[0] = true;
+  for (int32_t i = 0; i < 3; i++) HALO_TRY(heads_view(&c->out[i], c->in[0], first[i], n[i], size));
+  return HALO_OK;
+}
+
+halo_status halo__split_qkv_bwd(halo__call *c) {
+  int64_t first[3], n[3], size = 0;
+  HALO_TRY(check_split(c, first, n, &size));
+  HALO_TRY(halo__new_like(&c->grad_in[0], c->in[0]));
+  for (int32_t i = 0; i < 3; i++) {
+    halo_tensor *part = NULL;
+    HALO_TRY(heads_view(&part, c->grad_in[0], first[i], n[i], size));
+    halo_status status = c->grad_out[i] != NULL ? halo_tensor_copy(part, c->grad_out[i])
+                                                : halo_tensor_fill(part, 0);
+    halo_tensor_free(part);
+    HALO_TRY(status);
+  }
+  halo_trace_work(2.0 * (double)halo_tensor_count(c->grad_in[0]) * (double)halo_dtype_bytes(c->in[0]->dtype), 0);
+  return HALO_OK;
 }
 
 /* ---- RMSNorm ------------------------------------------------------------------------------- */

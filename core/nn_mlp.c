@@ -148,14 +148,14 @@ halo_status halo__gated_mlp_fwd(halo__call *c) {
     const int64_t n = m.rows - first < m.chunk ? m.rows - first : m.chunk, kept = is_saved ? first : 0;
     void *h = at(m.h, kept * m.inner), *y = at(c->out[0], first * m.cols);
     HALO_TRY_GOTO(inner_forward(&m, first, n, at(m.gu, kept * 2 * m.inner), h));
+    halo_gemm product = {.c = halo__operand(y, m.t, m.cols, false),
+                         .a = halo__operand(h, m.t, m.inner, false),
+                         .b = halo__operand(m.down.data, m.t, m.down.ld, true),
+                         .m = n, .n = m.cols, .k = m.inner, .batch = 1, .alpha = 1};
     if (residual != NULL) {
-      HALO_TRY_GOTO(m.k->copy(y, at(residual, first * m.cols), n * m.cols * halo_dtype_bytes(m.t)));
+      product.addend = halo__operand(at(residual, first * m.cols), m.t, m.cols, false);
+      product.beta = 1;
     }
-    const halo_gemm product = {.c = halo__operand(y, m.t, m.cols, false),
-                               .a = halo__operand(h, m.t, m.inner, false),
-                               .b = halo__operand(m.down.data, m.t, m.down.ld, true),
-                               .m = n, .n = m.cols, .k = m.inner, .batch = 1, .alpha = 1,
-                               .beta = residual != NULL ? 1 : 0};
     HALO_TRY_GOTO(halo__gemm(m.device, &product));
   }
   c->drop_in[RESIDUAL] = true;

@@ -22,7 +22,8 @@
  *
  * Gradients. A leaf's gradient is added to (+=), a node's pending gradient likewise; the first
  * arrival is taken over without a copy when nobody else holds it. An op may add into a leaf's buffer
- * itself (accumulate_into), which saves a pass over every weight gradient.
+ * itself (accumulate_into), which saves a pass over every weight gradient; leaves that are parts of one
+ * packed weight, joined by `cat` as a view, count as one leaf for this.
  *
  * A node is emptied as soon as it has run, so peak memory falls while backward proceeds; walking it
  * twice is an error that says so.
@@ -505,13 +506,34 @@ done:
   return status;
 }
 
+/* The gradients of leaves that `cat` put one after the other, as one tensor, where they lie so too: a
+ * product may then add to a packed weight's gradient in one go. *out stays NULL otherwise. */
+static halo_status packed_grad(halo_tensor **out, const halo__node *n) {
+  if (n == NULL || n->used || n->call.op != HALO_OP_cat) return HALO_OK;
+  halo_tensor *parts[HALO_MAX_INPUTS];
+  for (int32_t i = 0; i < n->call.n_in; i++) {
+    const halo_tensor *leaf = n->edges[i].leaf;
+    if (leaf == NULL || leaf->grad == NULL) return HALO_OK;
+    parts[i] = leaf->grad;
+  }
+  HALO_TRY(halo__joined(out, parts, n->call.n_in));
+  if (*out != NULL && !halo__same_shape(*out, n->meta_out[0])) { // along another dim
+    halo_tensor_free(*out);
+    *out = NULL;
+  }
+  return HALO_OK;
+}
+
 /* Run one op node: its backward, then its gradients to its edges. */
 static halo_status run_node(frame *f, halo__node *n) {
   halo__call *c = &n->call;
-  for (int32_t i = 0; i < c->n_in; i++) {
+  halo_tensor *packed[HALO_MAX_INPUTS] = {NULL};
+  halo_status status = HALO_OK;
+  for (int32_t i = 0; i < c->n_in && status == HALO_OK; i++) {
     const edge *e = &n->edges[i];
     c->need_grad[i] = e->node != NULL || e->leaf != NULL;
-    halo_tensor *into = e->leaf != NULL ? e->leaf->grad : NULL;
+    status = packed_grad(&packed[i], e->node);
+    halo_tensor *into = e->leaf != NULL ? e->leaf->grad : packed[i];
     c->accumulate_into[i] = into != NULL && halo_tensor_is_contiguous(into) ? into : NULL;
     c->accumulated[i] = false;
   }
@@ -521,7 +543,7 @@ static halo_status run_node(frame *f, halo__node *n) {
   const int32_t span = halo__trace_op_begin(c->op, true);
   const running outer = now;
   now = (running){.name = n->name, .op = c->op, .is_backward = true};
-  halo_status status = n->backward(c);
+  if (status == HALO_OK) status = n->backward(c);
   now = outer;
   halo_trace_end(span);
   recording = was_recording;
@@ -535,6 +557,8 @@ static halo_status run_node(frame *f, halo__node *n) {
     }
   }
   memset(c->grad_out, 0, sizeof c->grad_out);
+  memset(c->accumulate_into, 0, sizeof c->accumulate_into);
+  for (int32_t i = 0; i < HALO_MAX_INPUTS; i++) halo_tensor_free(packed[i]);
   return status;
 }
 

@@ -163,6 +163,35 @@ halo_status halo__view(halo_tensor **out, halo_tensor *t, int32_t ndim, const in
   return handle_new(out, t->storage, t->dtype, ndim, shape, stride, t->offset + offset);
 }
 
+halo_status halo__joined(halo_tensor **out, halo_tensor *const *parts, int32_t n) {
+  halo_tensor *first = parts[0];
+  int64_t shape[HALO_MAX_DIMS], stride[HALO_MAX_DIMS], end = first->offset, step = 1;
+  if (n == 0 || first->ndim == 0) return HALO_OK;
+  memcpy(shape, first->shape, sizeof shape);
+  shape[0] = 0;
+  for (int32_t i = 0; i < n; i++) {
+    const halo_tensor *t = parts[i];
+    const bool fits = t->storage == first->storage && t->dtype == first->dtype && t->ndim == first->ndim &&
+                      t->offset == end && halo_tensor_is_contiguous(t) &&
+                      memcmp(t->shape + 1, first->shape + 1, (size_t)(t->ndim - 1) * sizeof *shape) == 0;
+    if (!fits) return HALO_OK;
+    shape[0] += t->shape[0];
+    end += halo_tensor_count(t);
+  }
+  for (int32_t d = first->ndim - 1; d >= 0; d--) {
+    stride[d] = step;
+    step *= shape[d];
+  }
+  return halo__view(out, first, first->ndim, shape, stride, 0);
+}
+
+halo_status halo__meta_new(halo_tensor **out, halo_dtype dtype, halo_device device, int32_t ndim,
+                           const int64_t *shape) {
+  halo__storage *storage = NULL;
+  HALO_TRY(storage_new(&storage, NULL, 0, device));
+  return handle_new(out, storage, dtype, ndim, shape, NULL, 0);
+}
+
 halo_status halo__meta_like(halo_tensor **out, const halo_tensor *t) {
   halo__storage *storage = NULL;
   HALO_TRY(storage_new(&storage, NULL, 0, halo__device(t)));

@@ -291,19 +291,19 @@ static void linear_is_a_product(void) {
   static const int64_t sizes[][3] = {{1, 1, 1}, {3, 5, 7}, {17, 1, 9}, {1, 33, 2}, {0, 4, 3}, {65, 19, 70}};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
     const int64_t *s = sizes[i];
-    check_case((test_case){.op = "linear", .n_in = 3,
+    check_case((test_case){.op = "linear", .n_in = 4,
                            .in = {make(HALO_F64, SHAPE(s[0], s[1])), make(HALO_F64, SHAPE(s[2], s[1])),
                                   i % 2 ? make(HALO_F64, SHAPE(s[2])) : NULL},
                            .wants = {true, true, true}});
   }
-  check_case((test_case){.op = "linear", .n_in = 3,
+  check_case((test_case){.op = "linear", .n_in = 4,
                          .in = {make(HALO_F64, SHAPE(2, 3, 5)), make(HALO_F64, SHAPE(4, 5)), NULL},
                          .wants = {true, true}});
   // One row and no leading dims; frozen weight; frozen input.
-  check_case((test_case){.op = "linear", .n_in = 3,
+  check_case((test_case){.op = "linear", .n_in = 4,
                          .in = {make(HALO_F64, SHAPE(6)), make(HALO_F64, SHAPE(4, 6)), NULL},
                          .wants = {true, false}});
-  check_case((test_case){.op = "linear", .n_in = 3,
+  check_case((test_case){.op = "linear", .n_in = 4,
                          .in = {make(HALO_F64, SHAPE(3, 6)), make(HALO_F64, SHAPE(4, 6)), NULL},
                          .wants = {false, true}});
 }
@@ -381,7 +381,7 @@ static void swiglu_has_its_gradient(void) {
 /* Slices of packed projections and transposes: inputs that are not contiguous. */
 static void strided_inputs_are_seen_right(void) {
   for (int64_t step = 1; step <= 2; step++) {
-    check_case((test_case){.op = "linear", .n_in = 3,
+    check_case((test_case){.op = "linear", .n_in = 4,
                            .in = {strided(SHAPE(2, 3, 5), step, 4), strided(SHAPE(4, 5), step, 2),
                                   strided(SHAPE(4), step, 0)},
                            .wants = {true, true, true}});
@@ -410,7 +410,7 @@ static void strided_inputs_are_seen_right(void) {
   halo_tensor *all = make(HALO_F64, SHAPE(30)), *view = NULL;
   CHECK_OK(halo__view(&view, all, 3, shape, stride, 0));
   halo_tensor_free(all);
-  check_case((test_case){.op = "linear", .n_in = 3, .in = {view, make(HALO_F64, SHAPE(4, 5)), NULL},
+  check_case((test_case){.op = "linear", .n_in = 4, .in = {view, make(HALO_F64, SHAPE(4, 5)), NULL},
                          .wants = {true, true}});
 }
 
@@ -461,7 +461,7 @@ static void weights_multiply_losses(void) {
   enum { ROWS = 23, COLS = 5, VOCAB = 37 };
   halo_tensor *x = make(HALO_F64, SHAPE(ROWS, COLS)), *w = make(HALO_F64, SHAPE(VOCAB, COLS));
   halo_tensor *labels = labels_for(ROWS, VOCAB, 4), *weights = weights_for(ROWS, true), *z = NULL, *nll = NULL;
-  CHECK_OK(halo_op(&z, op_id("linear"), (halo_tensor *[]){x, w, NULL}, 3, NULL, 0));
+  CHECK_OK(halo_op(&z, op_id("linear"), (halo_tensor *[]){x, w, NULL, NULL}, 4, NULL, 0));
   CHECK_OK(halo_op(&nll, op_id("linear_token_loss"), (halo_tensor *[]){x, w, labels}, 3, (double[]){0, -100}, 2));
   double sum = 0, total = 0, label, weight, loss;
   for (int64_t i = 0; i < ROWS; i++) {
@@ -527,7 +527,7 @@ static void chunked_loss_is_the_loss(void) {
   int64_t ids[22];
   CHECK_OK(halo_tensor_read(flat, ids));
   CHECK_OK(halo_tensor_from(&labels, HALO_I64, HALO_CPU, SHAPE(2, 11), ids));
-  CHECK_OK(halo_op(&z, op_id("linear"), (halo_tensor *[]){x, w, NULL}, 3, NULL, 0));
+  CHECK_OK(halo_op(&z, op_id("linear"), (halo_tensor *[]){x, w, NULL, NULL}, 4, NULL, 0));
   CHECK_OK(halo_op(plain, op_id("cross_entropy"), (halo_tensor *[]){z, labels, NULL}, 3, (double[]){-100}, 1));
   CHECK_OK(halo_op(chunked, op_id("linear_cross_entropy"), (halo_tensor *[]){x, w, labels, NULL}, 4,
                    (double[]){3, -100, 1}, 3));
@@ -617,7 +617,7 @@ static void forward_follows_the_formula(void) {
   enum { B = 2, T = 3, H = 2, D = 7, R = 2, E = 5, O = 4 };
   halo_tensor *x = make(HALO_F64, SHAPE(T, E)), *w = make(HALO_F64, SHAPE(O, E)),
               *b = make(HALO_F64, SHAPE(O)), *e = make(HALO_F64, SHAPE(E)), *y = NULL;
-  CHECK_OK(halo_op(&y, op_id("linear"), (halo_tensor *[]){x, w, b}, 3, NULL, 0));
+  CHECK_OK(halo_op(&y, op_id("linear"), (halo_tensor *[]){x, w, b, NULL}, 4, NULL, 0));
   for (int64_t i = 0; i < T; i++) {
     for (int64_t o = 0; o < O; o++) {
       double sum = get(b, o);
@@ -744,10 +744,10 @@ static void shapes_are_checked(void) {
   halo_tensor *x = make(HALO_F32, SHAPE(3, 4)), *w = make(HALO_F32, SHAPE(5, 4));
   halo_tensor *wrong = make(HALO_F32, SHAPE(5, 3)), *wide = make(HALO_F64, SHAPE(5, 4));
   halo_tensor *out[2] = {0};
-  CHECK_STATUS(halo_op(out, op_id("linear"), (halo_tensor *[]){x, wrong, NULL}, 3, NULL, 0), HALO_EARG);
+  CHECK_STATUS(halo_op(out, op_id("linear"), (halo_tensor *[]){x, wrong, NULL, NULL}, 4, NULL, 0), HALO_EARG);
   CHECK(strstr(halo_error_message(), "f32 [5,3]") != NULL);
-  CHECK_STATUS(halo_op(out, op_id("linear"), (halo_tensor *[]){x, wide, NULL}, 3, NULL, 0), HALO_EARG);
-  CHECK_STATUS(halo_op(out, op_id("linear"), (halo_tensor *[]){x, w, w}, 3, NULL, 0), HALO_EARG);
+  CHECK_STATUS(halo_op(out, op_id("linear"), (halo_tensor *[]){x, wide, NULL, NULL}, 4, NULL, 0), HALO_EARG);
+  CHECK_STATUS(halo_op(out, op_id("linear"), (halo_tensor *[]){x, w, w, NULL}, 4, NULL, 0), HALO_EARG);
   CHECK_STATUS(halo_op(out, op_id("swiglu"), (halo_tensor *[]){x, w}, 2, NULL, 0), HALO_EARG);
   CHECK_STATUS(halo_op(out, op_id("rmsnorm"), (halo_tensor *[]){x, w}, 2, (double[]){1e-6}, 1), HALO_EARG);
   CHECK_STATUS(halo_op(out, op_id("rope"), (halo_tensor *[]){x, w, w}, 3, NULL, 0), HALO_EARG);

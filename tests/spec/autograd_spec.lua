@@ -225,6 +225,54 @@ describe("checkpoint", function()
   end)
 end)
 
+describe("parts of a packed weight", function()
+  local optim = halo.optim
+  -- Rows of one tensor as two parameters, and copies of them that lie apart.
+  local function weights()
+    local packed = tensor.normal { 5, 4, dtype = "f64", seed = 3 }
+    local a, b = packed:slice { dim = 1, from = 1, to = 2 }, packed:slice { dim = 1, from = 3, to = 5 }
+    local c, d = a:clone(), b:clone()
+    for _, t in ipairs { a, b, c, d } do t:require_grad() end
+    return a, b, c, d
+  end
+  local x = tensor.normal { 3, 4, dtype = "f64", seed = 5 }
+
+  local function loss(p, q) return (ops.linear(x, ops.cat { p, q, dim = 1 }):square()):sum() end
+
+  it("are joined without a copy, and give the gradients of separate ones", function()
+    local a, b, c, d = weights()
+    local joined = autograd.no_grad(function() return ops.cat { a, b, dim = 1 } end)
+    local apart = autograd.no_grad(function() return ops.cat { c, d, dim = 1 } end)
+    assert.equal(a:pointer(), joined:pointer())
+    assert.not_equal(c:pointer(), apart:pointer())
+    local one, two = optim.adamw({ a, b }), optim.adamw({ c, d }) -- gradients side by side in both
+    for _ = 1, 2 do -- the second time adds
+      loss(a, b):backward()
+      loss(c, d):backward()
+    end
+    assert.same(c.grad:values(), a.grad:values())
+    assert.same(d.grad:values(), b.grad:values())
+    assert.same(two:flat_grad():values(), one:flat_grad():values())
+    assert.is_true(one:grad_norm() > 0)
+  end)
+
+  it("do so without an optimizer, and where gradients lie apart", function()
+    local a, b, c, d = weights()
+    loss(a, b):backward()
+    c.grad, d.grad = tensor.zeros { 2, 4, dtype = "f64" }, tensor.zeros { 3, 4, dtype = "f64" }
+    loss(c, d):backward()
+    assert.same(c.grad:values(), a.grad:values())
+    assert.same(d.grad:values(), b.grad:values())
+  end)
+
+  it("keep a copy along other dims", function()
+    local a = weights()
+    local joined = autograd.no_grad(function() return ops.cat { a, a, dim = 2 } end)
+    assert.not_equal(a:pointer(), joined:pointer())
+    assert.same({ 2, 8 }, joined.shape)
+  end)
+end)
+
 describe("checkgrad", function()
   local x = leaf({ 3, 4 }, 11)
 

@@ -36,10 +36,15 @@ end,
   { inputs = { { shape = { 5, 3 } }, { shape = { 0 }, kind = "index", n = 5 } } },
 }
 
-M.linear = { reference = function(_, x, w, b)
+local function plus(u, v) return u + v end
+
+M.linear = { reference = function(_, x, w, b, add)
   local y = times_transposed(x, w)
-  return b and arrays.zip(function(u, v) return u + v end, y, b) or y
+  if b then y = arrays.zip(plus, y, b) end
+  return add and arrays.zip(plus, y, add) or y
 end,
+  { inputs = { { shape = { 3, 4 } }, { shape = { 5, 4 } }, { shape = { 5 } }, { shape = { 3, 5 } } } },
+  { inputs = { { shape = { 2, 3, 4 } }, { shape = { 5, 4 } }, { shape = { 5 } }, { shape = { 2, 3, 5 } } } },
   { inputs = { { shape = { 3, 4 } }, { shape = { 5, 4 } } } },
   { inputs = { { shape = { 3, 4 } }, { shape = { 5, 4 } }, { shape = { 5 } } } },
   { inputs = { { shape = { 2, 3, 4 } }, { shape = { 7, 4 } }, { shape = { 7 } } } },
@@ -133,6 +138,26 @@ M.swiglu_packed = { reference = function(_, x)
     return y
   end)
 end, fixed = true }
+M.split_qkv = { fixed = true, reference = function(p, x)
+  local heads, kv = p.heads or 1, p.kv_heads or 1
+  local size = x.shape[#x.shape] / (heads + 2 * kv)
+  local function part(first, n)
+    local shape = { unpack(x.shape) }
+    shape[#shape], shape[#shape + 1] = n, size
+    return arrays.build(shape, function(position)
+      local at = { unpack(position) }
+      local d = table.remove(at)
+      at[#at] = (first + at[#at] - 1) * size + d
+      return arrays.at(x, at)
+    end)
+  end
+  return part(0, heads), part(heads, kv), part(heads + kv, kv)
+end,
+  { inputs = { { shape = { 3, 12 } } }, params = { heads = 2, kv_heads = 1 } },
+  { inputs = { { shape = { 2, 3, 16 } } }, params = { heads = 4, kv_heads = 2 } },
+  { inputs = { { shape = { 2, 0, 3 } } } },
+}
+
 for _, shape in ipairs { { 6 }, { 3, 4 }, { 2, 3, 2 }, { 0, 4 }, { 5, 66 } } do
   table.insert(M.swiglu, { inputs = { { shape = shape }, { shape = shape } } })
   table.insert(M.swiglu_packed, { inputs = { { shape = shape } } })

@@ -7,6 +7,11 @@
 --                x += down(swiglu(gate(norm x), up(norm x)))
 --    logits = head(norm x)
 --
+-- q, k and v are one product, and so are gate and up: rows of `parameter_list` that share a `pack` are
+-- made as rows of one tensor. The parameters are views of it, with the names of Hugging Face; `ops.cat`
+-- of them is the packed tensor again, without a copy (`gated_mlp` looks itself), and so are their
+-- gradients in the optimizer's buffer, since packed rows are neighbours in the list.
+--
 -- The model does not know what attention is: `run.attend(layer, q, k, v)` is given by whoever owns the
 -- ring and the pattern (halo.attending), so the same file trains dense on one rank and sparse over a
 -- ring. Nothing larger than the hidden state outlives a layer: the MLP runs in chunks of tokens, the
@@ -55,29 +60,35 @@ end
 
 --- Names, shapes and kinds of all parameters, in the order in which they are made and saved.
 -- kind: "embedding", "linear", "bias" or "norm"; `out` marks products whose result is added to the
--- residual stream.
+-- residual stream; rows with the same `pack` follow each other and are views of one tensor.
 function M.parameter_list(c)
   local list = {}
-  local function add(name, shape, kind, out) list[#list + 1] = { name = name, shape = shape, kind = kind,
-    out = out } end
+  local function add(name, shape, kind, o)
+    local row = { name = name, shape = shape, kind = kind }
+    for k, v in pairs(o or {}) do row[k] = v end
+    list[#list + 1] = row
+  end
   local q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
   add("model.embed_tokens.weight", { c.vocab, c.width }, "embedding")
   for layer = 0, c.layers - 1 do
     local p = ("model.layers.%d."):format(layer)
     add(p .. "input_layernorm.weight", { c.width }, "norm")
-    for _, row in ipairs { { "q", q }, { "k", kv }, { "v", kv } } do
-      add(p .. "self_attn." .. row[1] .. "_proj.weight", { row[2], c.width }, "linear")
-      if c.qkv_bias then add(p .. "self_attn." .. row[1] .. "_proj.bias", { row[2] }, "bias") end
+    local heads = { { "q", q }, { "k", kv }, { "v", kv } }
+    for _, row in ipairs(heads) do
+      add(p .. "self_attn." .. row[1] .. "_proj.weight", { row[2], c.width }, "linear", { pack = p .. "qkv.weight" })
+    end
+    for _, row in ipairs(c.qkv_bias and heads or {}) do
+      add(p .. "self_attn." .. row[1] .. "_proj.bias", { row[2] }, "bias", { pack = p .. "qkv.bias" })
     end
     if c.qk_norm then
       add(p .. "self_attn.q_norm.weight", { c.head_dim }, "norm")
       add(p .. "self_attn.k_norm.weight", { c.head_dim }, "norm")
     end
-    add(p .. "self_attn.o_proj.weight", { c.width, q }, "linear", true)
+    add(p .. "self_attn.o_proj.weight", { c.width, q }, "linear", { out = true })
     add(p .. "post_attention_layernorm.weight", { c.width }, "norm")
-    add(p .. "mlp.gate_proj.weight", { c.ffn, c.width }, "linear")
-    add(p .. "mlp.up_proj.weight", { c.ffn, c.width }, "linear")
-    add(p .. "mlp.down_proj.weight", { c.width, c.ffn }, "linear", true)
+    add(p .. "mlp.gate_proj.weight", { c.ffn, c.width }, "linear", { pack = p .. "gate_up.weight" })
+    add(p .. "mlp.up_proj.weight", { c.ffn, c.width }, "linear", { pack = p .. "gate_up.weight" })
+    add(p .. "mlp.down_proj.weight", { c.width, c.ffn }, "linear", { out = true })
   end
   add("model.norm.weight", { c.width }, "norm")
   if not c.tie then add("lm_head.weight", { c.vocab, c.width }, "linear") end
@@ -91,6 +102,32 @@ function M.count(c)
   return n
 end
 
+-- The tensors that packed rows share: pack name -> { take = function(self, t) -> the next rows, with the
+-- values of t, which is freed }.
+function M.packs(list)
+  local packs = {}
+  for _, p in ipairs(list) do
+    if p.pack then
+      local pack = packs[p.pack] or { rows = 0, filled = 0 }
+      pack.rows = pack.rows + p.shape[1]
+      packs[p.pack] = pack
+    end
+  end
+  local function take(self, t)
+    local shape, n = t.shape, t:size(1)
+    shape[1] = self.rows
+    self.tensor = self.tensor or tensor.zeros { shape = shape, dtype = t.dtype, device = t.device }
+    local part = self.tensor:slice { dim = 1, from = self.filled + 1, to = self.filled + n }
+    part:copy_from(t)
+    t:free()
+    self.filled = self.filled + n
+    if self.filled == self.rows then self.tensor = nil end -- the parts hold the memory
+    return part
+  end
+  for _, pack in pairs(packs) do pack.take = take end
+  return packs
+end
+
 --- Build a model with fresh weights (model/init_weights.lua).
 -- @tparam table c config (see `halo.model`)
 -- @tparam[opt] table o `{ seed = 0, dtype = "f32", device = "cpu", values = true }`; values = false leaves
@@ -101,8 +138,11 @@ function M.build(c, o)
   local self = setmetatable({ config = c, parameters = {}, weight = {}, dtype = o.dtype or "f32",
     device = o.device or "cpu" }, Model)
   local make = init_weights.maker(c, { seed = o.seed, dtype = self.dtype, device = self.device, values = o.values })
-  for _, p in ipairs(M.parameter_list(c)) do
+  local list = M.parameter_list(c)
+  local packs = M.packs(list)
+  for _, p in ipairs(list) do
     local t = make(p)
+    if p.pack then t = packs[p.pack]:take(t) end
     t:require_grad(true)
     self.parameters[#self.parameters + 1] = { name = p.name, tensor = t, kind = p.kind }
     self.weight[p.name] = t
@@ -129,17 +169,21 @@ function Model:positions(positions, length)
   return cos, sin
 end
 
+-- Packed weight of several parameters of a layer, "<prefix><name>_proj.<kind>".
+local function packed(self, prefix, names, kind)
+  local list = { dim = 1 }
+  for i, name in ipairs(names) do list[i] = self.weight[prefix .. name .. "_proj." .. kind] end
+  return list[1] and ops.cat(list) or nil
+end
+
 local function attention_block(self, layer, x, run)
   local c, w = self.config, self.weight
   local p = ("model.layers.%d."):format(layer - 1)
   local a = p .. "self_attn."
   local batch, tokens = x:size(1), x:size(2)
   local h = ops.rmsnorm(x, w[p .. "input_layernorm.weight"], { eps = c.eps })
-  local function project(name, heads)
-    local y = ops.linear(h, w[a .. name .. "_proj.weight"], w[a .. name .. "_proj.bias"])
-    return y:reshape { batch, tokens, heads, c.head_dim }
-  end
-  local q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads)
+  local qkv = ops.linear(h, packed(self, a, { "q", "k", "v" }, "weight"), packed(self, a, { "q", "k", "v" }, "bias"))
+  local q, k, v = ops.split_qkv(qkv, { heads = c.heads, kv_heads = c.kv_heads })
   if c.qk_norm then
     q = ops.rmsnorm(q, w[a .. "q_norm.weight"], { eps = c.eps })
     k = ops.rmsnorm(k, w[a .. "k_norm.weight"], { eps = c.eps })
@@ -147,7 +191,7 @@ local function attention_block(self, layer, x, run)
   q, k = ops.rope(q, run.cos, run.sin), ops.rope(k, run.cos, run.sin)
   local o = run.attend(layer, q, k, v)
   o = o:reshape { batch, tokens, c.heads * c.head_dim }
-  return x + ops.linear(o, w[a .. "o_proj.weight"], nil)
+  return ops.linear(o, w[a .. "o_proj.weight"], nil, x)
 end
 
 -- The MLP's inner activations are ffn/width times the hidden state: one op makes them for a chunk of tokens
