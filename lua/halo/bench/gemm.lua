@@ -1,6 +1,7 @@
 --- Products of a training step at the rate of the engine and of plain BLAS.
 -- Forward is `ops.linear`, backward its two products (dx, dw added into a gradient buffer) through the
--- tape; the yardstick is the same product by cblas_sgemm on the same memory.
+-- tape; the yardstick is the same product by cblas_sgemm on the same memory. With device=cuda the products
+-- of two models beside a large one (halo.device_gemm).
 local bench = require "halo.bench"
 local ffi = require "ffi"
 local ops = require "halo.ops"
@@ -10,8 +11,9 @@ local trace = require "halo.trace"
 local M = {
   name = "gemm",
   summary = "matrix products against plain BLAS",
-  options = { tokens = { "int", 4096 }, width = { "int", 768 }, ffn = { "int", 2048 }, vocab = { "int", 50257 },
-    repeats = { "int", 5 }, dtype = { "string", "f32" } },
+  options = { device = { "string", "cpu" }, model = "string?", tokens = "int?", chunk = { "int", 8192 },
+    square = { "int", 8192 }, width = { "int", 768 }, ffn = { "int", 2048 }, vocab = { "int", 50257 }, repeats = { "int", 5 },
+    dtype = "string?" },
 }
 
 -- Seconds that the backward of linear takes, as the tape counts them: without seed and bookkeeping.
@@ -68,6 +70,11 @@ local function measure(rows, o)
 end
 
 function M.run(o)
+  if require("halo.device").require(o.device, 0) ~= "cpu" then
+    o.dtype = o.dtype or "bf16"
+    return require("halo.device_gemm").run(o)
+  end
+  o.dtype, o.tokens = o.dtype or "f32", o.tokens or 4096
   local shapes = {
     { what = "q, k, v, o", m = o.tokens, n = o.width, k = o.width },
     { what = "gate, up", m = o.tokens, n = o.ffn, k = o.width },
