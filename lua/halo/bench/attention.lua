@@ -1,13 +1,15 @@
 --- `halo bench attention`: dense and sparse attention, forward and backward, side by side.
 --
--- One rank, fp32, N(0,1) inputs. Flops are those of the tiles and columns that are computed, 4 D a pair
--- forward and 10 D backward; kept is the share of causal pairs. The yardstick is plain BLAS on a product of
--- 1024^3, the three cases and it taking turns.
+-- One rank, N(0,1) inputs. Flops are those of the tiles and columns that are computed, 4 D a pair forward
+-- and 10 D backward; kept is the share of causal pairs. The yardstick is a product, plain BLAS on 1024^3 in
+-- fp32 or, on a GPU, `ops.matmul` on 8192^3 in the dtype measured, the three cases and it taking turns.
 local attention = require "halo.attention"
 local bench = require "halo.bench"
 local comms = require "halo.comm"
+local device = require "halo.device"
 local halo_ffi = require "halo.ffi"
 local layouts = require "halo.layout"
+local ops = require "halo.ops"
 local plans = require "halo.plan"
 local rings = require "halo.ring"
 local tensor = require "halo.tensor"
@@ -18,7 +20,8 @@ local M = {
   name = "attention",
   summary = "dense and sparse attention, forward and backward",
   options = { tokens = { "int", 8192 }, heads = { "int", 12 }, kv_heads = { "int", 12 }, head_dim = { "int", 64 },
-    block = { "int", 64 }, kept = { "number", 0.1 }, repeats = { "int", 3 } },
+    block = { "int", 64 }, kept = { "number", 0.1 }, repeats = { "int", 3 }, dtype = { "string", "f32" },
+    device = { "string", "cpu" } },
 }
 
 local function dice(stream, index, n) return math.floor(C.halo_random_uniform(1, stream, index) * n) end
@@ -67,11 +70,22 @@ local function flops_of(plan, head_dim)
   return flops
 end
 
--- BLAS on n^3, as a function to time and its flops.
-local function product(n)
+-- The yardstick: a function to time, its flops, and its name.
+local function product(o)
+  if o.device ~= "cpu" then
+    local n = 8192
+    local function square(seed) return tensor.normal { n, n, seed = seed, dtype = o.dtype, device = o.device } end
+    local a, b = square(1), square(2)
+    local function multiply()
+      ops.matmul(a, b):free()
+      device.synchronize(o.device)
+    end
+    return multiply, 2 * n ^ 3, ("%s product of 8192^3"):format(o.dtype)
+  end
+  local n = 1024
   local a, b, c = tensor.normal { n, n, seed = 1 }, tensor.normal { n, n, seed = 2 }, tensor.new { n, n }
-  local o = { a = a:pointer(), b = b:pointer(), c = c:pointer(), m = n, n = n, k = n, keep = { a, b, c } }
-  return function() bench.sgemm(o) end, 2 * n ^ 3
+  local p = { a = a:pointer(), b = b:pointer(), c = c:pointer(), m = n, n = n, k = n, keep = { a, b, c } }
+  return function() bench.sgemm(p) end, 2 * n ^ 3, "sgemm 1024^3"
 end
 
 --- Run; `options` has the arguments.
@@ -84,7 +98,8 @@ function M.run(o)
   local layout = layouts.new { kind = "contiguous", tokens = o.tokens, block = o.block }
   local T = layout:local_tokens()
   local function random(heads, seed, requires_grad)
-    return tensor.normal { 1, T, heads, o.head_dim, seed = seed, requires_grad = requires_grad }
+    return tensor.normal { 1, T, heads, o.head_dim, seed = seed, requires_grad = requires_grad, dtype = o.dtype,
+      device = o.device }
   end
   local q, k, v = random(o.heads, 1, true), random(o.kv_heads, 2, true), random(o.kv_heads, 3, true)
   local grad = random(o.heads, 4)
@@ -94,15 +109,19 @@ function M.run(o)
     kind.fill(plan, o)
     cases[i] = { name = kind.name, plan = plan:finish(), forward = math.huge, backward = math.huge }
   end
-  local multiply, product_flops = product(1024)
+  local function now()
+    device.synchronize(o.device)
+    return bench.clock()
+  end
+  local multiply, product_flops, product_name = product(o)
   local product_seconds = math.huge
   for r = 0, o.repeats do
     for _, c in ipairs(cases) do
-      local t0 = bench.clock()
+      local t0 = now()
       local out, lse = attention.attend { q = q, k = k, v = v, plan = c.plan, ring = ring }
-      local t1 = bench.clock()
+      local t1 = now()
       out:backward(grad)
-      local t2 = bench.clock()
+      local t2 = now()
       out:free()
       lse:free()
       if r > 0 then c.forward, c.backward = math.min(c.forward, t1 - t0), math.min(c.backward, t2 - t1) end
@@ -125,11 +144,11 @@ function M.run(o)
       ("%.2f x"):format(row.speedup) }
   end
   return bench.result(data, {
-    title = ("attention, fp32, %d tokens, %d/%d heads of %d, blocks of %d"):format(o.tokens, o.heads, o.kv_heads,
-      o.head_dim, o.block),
+    title = ("attention, %s on %s, %d tokens, %d/%d heads of %d, blocks of %d"):format(o.dtype, o.device, o.tokens,
+      o.heads, o.kv_heads, o.head_dim, o.block),
     columns = { "plan", "kept", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s", "speed-up" },
     rows = lines,
-    notes = { ("sgemm 1024^3 in the same run: %.1f GFLOP/s"):format(data.product_gflops) },
+    notes = { ("%s in the same run: %.1f GFLOP/s"):format(product_name, data.product_gflops) },
   })
 end
 
