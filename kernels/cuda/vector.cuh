@@ -3,8 +3,8 @@
  * A kernel for rows is written once for packs of N elements: N = lanes16<T> where base and strides
  * allow 16-byte accesses, N = 1 where they do not (an odd width, a view that starts in the middle).
  *
- *   fetch     one access                         widen, narrow   storage <-> arithmetic
- *   aligned   may packs of N be used?            divider         n / d by one multiplication
+ *   fetch, put   one access of N elements (few)      widen, narrow   storage <-> arithmetic
+ *   aligned      may packs of N be used?             divider         n / d by one multiplication
  *
  * Rules that all of them follow (measured on an H200, kernels/NOTES.md): loads of a thread are issued
  * before the first of them is used, at least 32 KiB of them in flight on a multiprocessor; blocks are
@@ -20,31 +20,53 @@
 
 namespace halo {
 
-template <class T, int N> __device__ __forceinline__ pack<T, N> fetch(const T *p) {
-  return *reinterpret_cast<const pack<T, N> *>(p);
+/* N elements as they come from memory. bf16 stays in pairs: a register each, where an array of 16-bit
+ * numbers takes a register for every one (and spills, seen in ptxas' report). */
+template <class T, int N> struct alignas(sizeof(T) * N) few { T at[N]; };
+template <int N> struct alignas(2 * N) few_bf16 { uint32_t pair[N / 2]; };
+template <> struct few<__nv_bfloat16, 2> : few_bf16<2> {};
+template <> struct few<__nv_bfloat16, 4> : few_bf16<4> {};
+template <> struct few<__nv_bfloat16, 8> : few_bf16<8> {};
+
+template <class T, int N> __device__ __forceinline__ few<T, N> fetch(const T *p) {
+  return *reinterpret_cast<const few<T, N> *>(p);
 }
-template <class T, int N> __device__ __forceinline__ void put(T *p, const pack<T, N> &v) {
-  *reinterpret_cast<pack<T, N> *>(p) = v;
+template <class T, int N> __device__ __forceinline__ void put(T *p, const few<T, N> &v) {
+  *reinterpret_cast<few<T, N> *>(p) = v;
 }
 
-template <class T, int N>
-__device__ __forceinline__ void widen(acc_of<T> (&a)[N], const pack<T, N> &v) {
-#pragma unroll
-  for (int i = 0; i < N; i++) a[i] = load(v.at[i]);
+/* Element k; bf16 is the upper half of an fp32. */
+template <class T, int N> __device__ __forceinline__ acc_of<T> value(const few<T, N> &v, int k) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value && N > 1) {
+    return __uint_as_float(k % 2 == 0 ? v.pair[k / 2] << 16 : v.pair[k / 2] & 0xffff0000u);
+  } else {
+    return load(v.at[k]);
+  }
 }
-
-template <class T, int N> __device__ __forceinline__ pack<T, N> narrow(const acc_of<T> (&a)[N]) {
-  pack<T, N> v;
-  if constexpr (std::is_same<T, __nv_bfloat16>::value && N % 2 == 0) {
+template <class T, int N> __device__ __forceinline__ void widen(acc_of<T> (&a)[N], const few<T, N> &v) {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      reinterpret_cast<__nv_bfloat162 *>(v.at)[i / 2] = __floats2bfloat162_rn(a[i], a[i + 1]);
+  for (int k = 0; k < N; k++) a[k] = value(v, k);
+}
+template <class T, int N> __device__ __forceinline__ few<T, N> narrow(const acc_of<T> (&a)[N]) {
+  few<T, N> v;
+  if constexpr (std::is_same<T, __nv_bfloat16>::value && N > 1) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(a[k], a[k + 1]);
+      v.pair[k / 2] = *reinterpret_cast<const uint32_t *>(&pair);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) v.at[i] = store<T>(a[i]);
+    for (int k = 0; k < N; k++) v.at[k] = store<T>(a[k]);
   }
   return v;
+}
+/* N times the same. */
+template <class T, int N> __device__ __forceinline__ few<T, N> repeat(acc_of<T> x) {
+  acc_of<T> a[N];
+#pragma unroll
+  for (int k = 0; k < N; k++) a[k] = x;
+  return narrow<T, N>(a);
 }
 
 /* e^x: the hardware's for bf16 storage (2 ulp of fp32), libm's otherwise. */
@@ -93,6 +115,13 @@ struct divider {
 };
 
 constexpr int64_t index_limit = 1ll << 31; // of what a divider divides
+
+/* Rows of `packs` packs that one launch may have. */
+inline halo_status rows_at_once(int64_t *out, int64_t packs) {
+  HALO_CHECK(packs < index_limit, HALO_EUNSUPPORTED, "cuda: rows of 2^31 elements and more");
+  *out = (index_limit - 1) / packs;
+  return HALO_OK;
+}
 
 inline unsigned blocks_for(int64_t n, int64_t per_block) {
   return (unsigned)((n + per_block - 1) / per_block);
