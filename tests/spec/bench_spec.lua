@@ -50,6 +50,19 @@ describe("bench", function()
       "adamw", "gradient norm" } do assert.is_true(seen[name], name) end
   end)
 
+  it("measures ops on a device #gpu", function()
+    if require("halo.device").count "cuda" == 0 then return pending(require("halo.device").reason "cuda") end
+    local r = bench.run("ops", { device = "cuda", tokens = 64, width = 32, heads = 2, ffn = 16, vocab = 40,
+      adamw = 1000, chunk = 16, copy = 4096, repeats = 2 })
+    local seen = {}
+    for _, row in ipairs(r.rows) do
+      seen[row.name] = true
+      assert.is_true(row.seconds > 0 and row.bytes > 0 and row.share > 0)
+    end
+    for _, name in ipairs { "embedding, backward", "rmsnorm", "rope, backward", "swiglu_packed", "cross_entropy",
+      "adamw", "gradient norm" } do assert.is_true(seen[name], name) end
+  end)
+
   it("accounts for a whole step", function()
     local r = bench.run("step", { layers = 2, width = 32, heads = 2, ffn = 48, vocab = 60, batch = 2, tokens = 64,
       steps = 1 })

@@ -1,6 +1,7 @@
 --- Ops bound by memory, at the rate of a plain copy.
 -- Times and bytes are what the engine counts for each op, forward and backward apart; the yardstick is
--- `tensor:copy_from`, which reads and writes as fast as the machine can with all threads.
+-- `tensor:copy_from`, which reads and writes as fast as the machine can with all threads. With device=cuda
+-- the sizes are those of a large model (halo.device_ops).
 local bench = require "halo.bench"
 local ops = require "halo.ops"
 local optim = require "halo.optim"
@@ -10,9 +11,17 @@ local trace = require "halo.trace"
 local M = {
   name = "ops",
   summary = "memory-bound ops against the copy rate",
-  options = { batch = { "int", 4 }, tokens = { "int", 1024 }, width = { "int", 768 }, heads = { "int", 12 },
-    ffn = { "int", 2048 }, vocab = { "int", 50257 }, adamw = { "int", 20000000 },
-    repeats = { "int", 7 }, dtype = { "string", "f32" } },
+  options = { device = { "string", "cpu" }, batch = "int?", tokens = "int?", width = "int?", heads = "int?",
+    ffn = "int?", vocab = "int?", adamw = "int?", chunk = "int?", copy = "int?", repeats = { "int", 7 },
+    dtype = "string?" },
+}
+
+local defaults = {
+  cpu = { batch = 4, tokens = 1024, width = 768, heads = 12, ffn = 2048, vocab = 50257, adamw = 20000000,
+    dtype = "f32" },
+  -- Qwen2.5-3B
+  cuda = { batch = 1, tokens = 32768, width = 2048, heads = 16, ffn = 11008, vocab = 151936, adamw = 200000000,
+    chunk = 4096, copy = 512 * 2 ^ 20, dtype = "bf16" },
 }
 
 -- Cases: name -> function that runs forward and gives the result to differentiate (nil: no backward).
@@ -62,6 +71,11 @@ local function fastest(names, repeats, f)
 end
 
 function M.run(o)
+  local device = require("halo.device").require(o.device, 0)
+  for name, value in pairs(defaults[device]) do
+    if o[name] == nil then o[name] = value end
+  end
+  if device ~= "cpu" then return require("halo.device_ops").run(o) end
   local rows = {}
   local source = tensor.normal { o.batch * o.tokens, o.ffn, dtype = o.dtype }
   local target = tensor.zeros { o.batch * o.tokens, o.ffn, dtype = o.dtype }
