@@ -60,9 +60,7 @@ halo_status halo__attention_choose(halo__attention_path *out, const halo_attenti
       a->head_size > 256 ? " (head sizes go to 256)" : "");
 }
 
-halo_status halo__attention_dq_order(halo__attention_order *out, const halo_attention_queries *a) {
-  halo__attention_path path;
-  HALO_TRY(halo__attention_choose(&path, a, true));
-  *out = path == HALO__ATTENTION_HOPPER ? HALO__DQ_SM90 : HALO__DQ_ROWS;
+halo_status halo__attention_dq_order(halo__attention_order *out, const halo_attention_queries *) {
+  *out = HALO__DQ_ROWS;
   return HALO_OK;
 }

@@ -179,6 +179,13 @@ HALO__DEVICE void bulk_add_f32(float *to, const void *from, uint32_t bytes) {
                "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
+/* The box at coordinates c += shared memory, in the tensor's own type, atomically in L2. */
+HALO__DEVICE void tma_add(const CUtensorMap *map, const void *from, int c0, int c1) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];"
+               :
+               : "l"(map), "r"(shared_address(from)), "r"(c0), "r"(c1)
+               : "memory");
+}
 /* Stores and reductions of this thread so far become one group. */
 HALO__DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /* Until at most N groups are open; _read: until their shared memory may be written again. */
@@ -234,6 +241,18 @@ template <int N> struct wgmma;
 #define HALO__R32_63                                                                                  \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                  \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+template <> struct wgmma<32> {
+  template <int TA, int TB>
+  HALO__DEVICE void ss(float (&d)[16], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                 "}, %16, %17, p, 1, 1, %19, %20; }"
+                 : HALO__F8(d, 0), HALO__F8(d, 8)
+                 : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+  }
+};
 
 template <> struct wgmma<64> {
   template <int TA, int TB>
@@ -309,7 +328,8 @@ HALO__DEVICE void stmatrix_t(uint32_t address, uint32_t a, uint32_t b, uint32_t 
 /* ---- Host ------------------------------------------------------------------------------------------ */
 
 /* A tensor map of `rank` dims, innermost first; stride[i] is the bytes from one item of dim i + 1 to the
- * next (rank - 1 of them, multiples of 16). bf16 boxes have 128-byte swizzle: box[0] <= 64. */
+ * next (rank - 1 of them, multiples of 16). bf16 boxes, box[0] <= 64, and
+ * fp32 ones with box[0] = 32 have the 128-byte swizzle. */
 static inline halo_status tensor_map(CUtensorMap *out, halo_dtype dtype, const void *base, int rank,
                                      const int64_t *size, const int64_t *stride, const int32_t *box) {
   typedef CUresult (*encoder)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
@@ -340,7 +360,8 @@ static inline halo_status tensor_map(CUtensorMap *out, halo_dtype dtype, const v
   const CUresult r = encode(
       out, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, (cuuint32_t)rank,
       (void *)base, sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      is_bf16 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      is_bf16 || box[0] == 32 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   HALO_CHECK(r == CUDA_SUCCESS, HALO_ECUDA,
              "cuda: tensor map of %lld x %lld (rank %d) was refused: driver error %d", (long long)size[0],
