@@ -22,6 +22,12 @@
  * Order of every sum is fixed by the plan, the schedule and the number of ranks: runs repeat bit
  * for bit, whatever the number of threads and the timing of messages.
  *
+ * All of it runs on the device of q, k and v: tables of the plan are copied there on first use
+ * (plan_device.c), slots of the ring are memory there, every step is a row of its kernel table. A GPU
+ * has its own split of backward: one task per block of keys, so lists by key go with the call, and sums
+ * repeat bit for bit only with halo_set_deterministic. With one rank and no columns forward is one
+ * kernel without state between (attention_once).
+ *
  * The tape keeps q, k, v, out, lse, and the plan and the ring themselves: a plan is never selected
  * anew in backward.
  */
@@ -50,6 +56,7 @@ typedef struct pass {
   halo_plan *plan;
   const halo_kernels *kernels;
   int32_t here, rank, world;
+  halo_device device;
   halo_dtype dtype, acc;
   int64_t B, H, Hk, D, T, element, acc_bytes;
   const halo_tensor *k, *v;
@@ -58,6 +65,7 @@ typedef struct pass {
   halo_tensor *dk, *dv;            /* backward */
   const halo__gather *gather;      /* NULL when the plan has no columns */
   halo__transfer *transfers;
+  halo_tensor *out, *lse; /* forward in one kernel: where to; else NULL */
   double met; /* (query, key, head) triples computed so far, masked ones included */
 } pass;
 
@@ -73,9 +81,8 @@ static halo_status check_shapes(const halo_tensor *q, const halo_tensor *k, cons
   HALO_CHECK(halo__is_float(q->dtype) && q->dtype == k->dtype && q->dtype == v->dtype, HALO_EARG,
              "attention: q, k, v must have one floating dtype; got %s, %s, %s", halo__describe(q),
              halo__describe(k), halo__describe(v));
-  HALO_CHECK(halo__device(q) == HALO_CPU && halo__device(k) == HALO_CPU &&
-                 halo__device(v) == HALO_CPU,
-             HALO_EUNSUPPORTED, "attention: q, k, v must be on the cpu");
+  HALO_CHECK(halo__device(q) == halo__device(k) && halo__device(q) == halo__device(v), HALO_EARG,
+             "attention: q, k, v must be on one device");
   HALO_CHECK(halo__same_shape(k, v) && q->shape[0] == k->shape[0] && q->shape[1] == k->shape[1],
              HALO_EARG, "attention: q %s, k %s and v %s differ in batch, tokens or keys",
              halo__describe(q), halo__describe(k), halo__describe(v));
@@ -114,6 +121,8 @@ static halo_status check_ranks_agree(const pass *x) {
  * key/value head (each task has a dk and dv of its own), then by sharing out keys (each has a dq).
  * Not the number of threads, on which a sum must not depend. */
 static void backward_parts(const pass *x, int32_t *head_parts_out, int32_t *key_parts_out) {
+  *head_parts_out = *key_parts_out = 1;
+  if (x->device != HALO_CPU) return; // kernels there own keys and share dq
   enum { TASKS = 8 };
   const int64_t groups = x->B * x->Hk > 0 ? x->B * x->Hk : 1, blocks = x->plan->layout.per_rank;
   int64_t head_parts = (TASKS + groups - 1) / groups;
@@ -133,10 +142,29 @@ static char *rank_data(const pass *x, const halo_tensor *t, int32_t here) {
   return (char *)halo__data(t) + here * x->T * t->stride[1] * halo_dtype_bytes(t->dtype);
 }
 
+static _Atomic int32_t is_deterministic;
+void halo_set_deterministic(int32_t on) { is_deterministic = on != 0; }
+int32_t halo_deterministic(void) { return is_deterministic; }
+
+/* The tables of rank `here` where its kernels read them. */
+static halo_status open_tables(pass *x, int32_t here) {
+  halo_attention_queries *a = &x->queries[here];
+  const halo__tokens *tokens;
+  HALO_TRY(halo__plan_tokens(&tokens, x->plan, x->rank + here));
+  const int64_t row_bytes = x->T * (int64_t)sizeof(int32_t);
+  a->first_stride = tokens->first_stride;
+  HALO_TRY(halo__plan_mirror(&a->position, x->plan, x->device, tokens->position, row_bytes));
+  HALO_TRY(halo__plan_mirror(&a->first, x->plan, x->device, tokens->first,
+                             (tokens->first_stride > 0 ? x->B : 1) * row_bytes));
+  return halo__plan_mirror(&a->pattern_of, x->plan, x->device, halo__plan_pattern_of(x->plan),
+                           x->B * x->H * (int64_t)sizeof(int32_t));
+}
+
 /* Fill x for q, k, v; the query side of each rank here is set up, its state is not. */
 static halo_status pass_open(pass *x, const attention_context *c, const halo_tensor *q,
                              const halo_tensor *k, const halo_tensor *v) {
-  *x = (pass){.ring = c->ring, .plan = c->plan, .kernels = halo__kernels(HALO_CPU),
+  *x = (pass){.ring = c->ring, .plan = c->plan, .device = halo__device(q),
+              .kernels = halo__kernels(halo__device(q)),
               .here = halo_ring_here(c->ring), .rank = halo_ring_rank(c->ring),
               .world = halo_ring_world(c->ring), .dtype = q->dtype,
               .acc = halo__acc_dtype(q->dtype), .B = q->shape[0], .H = q->shape[2],
@@ -151,8 +179,6 @@ static halo_status pass_open(pass *x, const attention_context *c, const halo_ten
   HALO_TRY(halo__scratch((void **)&x->transfers, 2 * (int64_t)x->here * x->world,
                          sizeof *x->transfers));
   for (int32_t i = 0; i < x->here; i++) {
-    const halo__tokens *tokens;
-    HALO_TRY(halo__plan_tokens(&tokens, x->plan, x->rank + i));
     halo_attention_queries *a = &x->queries[i];
     *a = (halo_attention_queries){.dtype = x->dtype,
                                   .n_batch = x->B,
@@ -163,15 +189,13 @@ static halo_status pass_open(pass *x, const attention_context *c, const halo_ten
                                   .n_blocks = x->plan->layout.per_rank,
                                   .scale = c->scale,
                                   .q = rank_data(x, q, i),
-                                  .position = tokens->position,
-                                  .first = tokens->first,
-                                  .first_stride = tokens->first_stride,
-                                  .pattern_of = halo__plan_pattern_of(x->plan),
                                   .n_parts = 1,
                                   .n_head_parts = 1,
+                                  .deterministic = is_deterministic,
                                   .poll = halo__comm_progress,
                                   .poll_context = halo__ring_comm(x->ring)};
     strides_of(a->q_stride, q);
+    HALO_TRY(open_tables(x, i));
   }
   return HALO_OK;
 }
@@ -222,102 +246,133 @@ static halo_status meet_tiles(void *context, int32_t here, int32_t source, const
   HALO_TRY(halo__plan_tokens(&tokens, x->plan, source));
   const int64_t count = x->B * x->Hk * x->T * x->D, G = x->plan->layout.block;
   x->met += (double)(G * G) * items_of_heads(x->plan, &slice->by_query);
+  if (slice->n_tiles == 0 && x->out == NULL) {
+    return dkv == NULL ? HALO_OK : x->kernels->fill(x->acc, dkv, 2 * count, 0);
+  }
+  halo__rows by_query, by_key;
+  HALO_TRY(halo__plan_mirror_rows(&by_query, x->plan, x->device, &slice->by_query));
   halo_attention_tiles tiles = {.k = kv, .v = (const char *)kv + count * x->element,
-                                .position = tokens->position, .by_query = &slice->by_query};
-  if (dkv == NULL) {
-    return slice->n_tiles == 0 ? HALO_OK
-                               : x->kernels->attention_tiles_fwd(&x->queries[here], &tiles);
+                                .by_query = &by_query};
+  HALO_TRY(halo__plan_mirror(&tiles.position, x->plan, x->device, tokens->position,
+                             x->T * (int64_t)sizeof *tiles.position));
+  if (x->out != NULL) {
+    return x->kernels->attention_once(rank_data(x, x->out, here), x->out->stride,
+                                      halo__data(x->lse), x->lse->stride, &x->queries[here], &tiles);
+  }
+  if (dkv == NULL) return x->kernels->attention_tiles_fwd(&x->queries[here], &tiles);
+  if (x->device != HALO_CPU) {
+    const halo__rows *rows;
+    HALO_TRY(halo__plan_slice_by_key(&rows, x->plan, x->rank + here, source));
+    HALO_TRY(halo__plan_mirror_rows(&by_key, x->plan, x->device, rows));
+    tiles.by_key = &by_key;
   }
   tiles.dk = dkv;
   tiles.dv = (char *)dkv + count * x->acc_bytes;
-  if (slice->n_tiles == 0) return x->kernels->fill(x->acc, dkv, 2 * count, 0);
   return x->kernels->attention_tiles_bwd(&x->queries[here], &tiles);
 }
 
 /* ---- columns -------------------------------------------------------------------------------- */
 
-/* Entries of rank r, in the order in which they travel. */
-static const int32_t *owned_by(const pass *x, int32_t r, int64_t *n_out) {
-  *n_out = x->gather->owned_offset[r + 1] - x->gather->owned_offset[r];
-  return x->gather->owned + x->gather->owned_offset[r];
+/* The columns of a rank here on their way in one call. */
+typedef struct opened {
+  halo_attention_columns columns;
+  halo__rows by_query, by_column;
+} opened;
+
+/* How many entries rank r owns. */
+static int64_t owned_by(const pass *x, int32_t r) {
+  return x->gather->owned_offset[r + 1] - x->gather->owned_offset[r];
 }
 
-/* The (batch, key/value head) that owns `entry`, not before `group`: entries of groups are
- * neighbours, so a walk over ascending entries finds each in passing. */
-static int64_t group_from(const pass *x, int64_t group, int32_t entry) {
-  while (x->gather->offset[group + 1] <= entry) group++;
-  return group;
+/* The most entries that one rank here owns. */
+static int64_t most_owned(const pass *x) {
+  int64_t most = 0;
+  for (int32_t i = 0; i < x->here; i++) {
+    const int64_t n = owned_by(x, x->rank + i);
+    most = n > most ? n : most;
+  }
+  return most;
 }
 
-/* Send own keys of the columns to all, receive everybody's. A message is K row, V row per entry. */
+/* Rows [n,D] of `bytes` a value: y[i] = x[index[i]], with `index` of a table of the gather that has
+ * `length` entries, from entry `from` on; x has `rows` rows. */
+static halo_status take_rows(pass *x, void *y, const void *from_rows, int64_t rows, int64_t bytes,
+                             const int64_t *table, int64_t length, int64_t from, int64_t n) {
+  const int64_t *index;
+  HALO_TRY(halo__plan_mirror(&index, x->plan, x->device, table, length * (int64_t)sizeof *table));
+  if (n == 0) return HALO_OK;
+  return x->kernels->take(bytes, y, from_rows, index + from, 1, rows, n, x->D);
+}
+
+/* Send own keys of the columns to all, receive everybody's. A message is K row, V row per entry; own
+ * keys lie in the rank's KV slot 0, where `load` put them. */
 static halo_status fetch_columns(void *context) {
   pass *x = context;
   const halo__gather *g = x->gather;
-  const int64_t row = x->D * x->element, pair = 2 * row;
-  int64_t most = 0;
-  for (int32_t i = 0; i < x->here; i++) {
-    const int64_t n = g->owned_offset[x->rank + i + 1] - g->owned_offset[x->rank + i];
-    most = n > most ? n : most;
-  }
-  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_SENT, most * pair));
-  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_RECEIVED, g->n_entries * pair));
-  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS, g->n_entries * pair));
+  const int64_t pair = 2 * x->D * x->element, rows = 2 * x->B * x->Hk * x->T;
+  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_SENT, most_owned(x) * pair, x->device));
+  HALO_TRY(
+      halo__ring_reserve(x->ring, HALO__RING_COLUMNS_RECEIVED, g->n_entries * pair, x->device));
+  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS, g->n_entries * pair, x->device));
   int64_t n_transfers = 0;
   for (int32_t i = 0; i < x->here; i++) {
-    int64_t n;
-    const int32_t *owned = owned_by(x, x->rank + i, &n);
+    const int64_t n = owned_by(x, x->rank + i), first = g->owned_offset[x->rank + i];
     char *sent = halo__ring_buffer(x->ring, HALO__RING_COLUMNS_SENT, i);
     char *received = halo__ring_buffer(x->ring, HALO__RING_COLUMNS_RECEIVED, i);
-    for (int64_t e = 0, group = 0; e < n; e++) {
-      group = group_from(x, group, owned[e]);
-      const int64_t batch = group / x->Hk, head = group % x->Hk, t = g->local[owned[e]];
-      const halo_tensor *both[2] = {x->k, x->v};
-      for (int32_t j = 0; j < 2; j++) {
-        const int64_t *s = both[j]->stride;
-        memcpy(sent + e * pair + j * row,
-               rank_data(x, both[j], i) + (batch * s[0] + t * s[1] + head * s[2]) * x->element,
-               (size_t)row);
-      }
-    }
+    HALO_TRY(take_rows(x, sent, halo__ring_buffer(x->ring, HALO__RING_KV, i), rows, x->element,
+                       g->send_row, 2 * g->n_entries, 2 * first, 2 * n));
     for (int32_t r = 0; r < x->world; r++) {
-      const int64_t from = g->owned_offset[r];
-      x->transfers[n_transfers++] = (halo__transfer){sent, n * pair, i, r, true};
-      x->transfers[n_transfers++] = (halo__transfer){
-          received + from * pair, (g->owned_offset[r + 1] - from) * pair, i, r, false};
+      x->transfers[n_transfers++] = (halo__transfer){sent, n * pair, i, r, true, x->device};
+      x->transfers[n_transfers++] =
+          (halo__transfer){received + g->owned_offset[r] * pair, owned_by(x, r) * pair, i, r, false,
+                           x->device};
     }
   }
   return halo__ring_post_columns(x->ring, x->transfers, n_transfers);
 }
 
 /* The columns of rank `here`: what was received, put in the order of entries. */
-static halo_status open_columns(pass *x, int32_t here, halo_attention_columns *out) {
+static halo_status open_columns(pass *x, int32_t here, bool is_backward, opened *out) {
   const halo__gather *g = x->gather;
-  const int64_t row = x->D * x->element;
-  char *k = halo__ring_buffer(x->ring, HALO__RING_COLUMNS, here), *v = k + g->n_entries * row;
-  const char *received = halo__ring_buffer(x->ring, HALO__RING_COLUMNS_RECEIVED, here);
-  for (int64_t e = 0; e < g->n_entries; e++) {
-    memcpy(k + g->owned[e] * row, received + 2 * e * row, (size_t)row);
-    memcpy(v + g->owned[e] * row, received + (2 * e + 1) * row, (size_t)row);
-  }
+  halo_plan *p = x->plan;
+  char *k = halo__ring_buffer(x->ring, HALO__RING_COLUMNS, here);
+  const char *v = k + g->n_entries * x->D * x->element;
+  HALO_TRY(take_rows(x, k, halo__ring_buffer(x->ring, HALO__RING_COLUMNS_RECEIVED, here),
+                     2 * g->n_entries, x->element, g->place_row, 2 * g->n_entries, 0,
+                     2 * g->n_entries));
   const halo__columns *columns;
   const halo__column_slice *slice;
-  HALO_TRY(halo__plan_columns(&columns, x->plan));
-  HALO_TRY(halo__plan_column_slice(&slice, x->plan, x->rank + here));
-  x->met += (double)x->plan->layout.block * items_of_heads(x->plan, &slice->by_query);
-  *out = (halo_attention_columns){
-      .k = k, .v = v, .n_entries = g->n_entries, .token_offset = columns->offset,
-      .token = columns->token, .slot_offset = g->slot_offset, .slot = g->slot,
-      .by_query = &slice->by_query};
-  return HALO_OK;
+  HALO_TRY(halo__plan_columns(&columns, p));
+  HALO_TRY(halo__plan_column_slice(&slice, p, x->rank + here));
+  x->met += (double)p->layout.block * items_of_heads(p, &slice->by_query);
+  HALO_TRY(halo__plan_mirror_rows(&out->by_query, p, x->device, &slice->by_query));
+  halo_attention_columns *c = &out->columns;
+  *c = (halo_attention_columns){
+      .k = k, .v = v, .n_entries = g->n_entries, .by_query = &out->by_query};
+  if (is_backward && x->device != HALO_CPU) {
+    const halo__rows *rows;
+    HALO_TRY(halo__plan_columns_by_column(&rows, p, x->rank + here));
+    HALO_TRY(halo__plan_mirror_rows(&out->by_column, p, x->device, rows));
+    c->by_column = &out->by_column;
+  }
+  const int64_t units = x->B * x->H, n_columns = columns->offset[p->n_patterns];
+  HALO_TRY(halo__plan_mirror(&c->token_offset, p, x->device, columns->offset,
+                             (p->n_patterns + 1) * (int64_t)sizeof *columns->offset));
+  HALO_TRY(halo__plan_mirror(&c->token, p, x->device, columns->token,
+                             n_columns * (int64_t)sizeof *columns->token));
+  HALO_TRY(halo__plan_mirror(&c->slot_offset, p, x->device, g->slot_offset,
+                             (units + 1) * (int64_t)sizeof *g->slot_offset));
+  return halo__plan_mirror(&c->slot, p, x->device, g->slot,
+                           g->slot_offset[units] * (int64_t)sizeof *g->slot);
 }
 
 static halo_status columns_forward(void *context) {
   pass *x = context;
   HALO_TRY(halo__ring_wait_columns(x->ring));
   for (int32_t i = 0; i < x->here; i++) {
-    halo_attention_columns columns;
-    HALO_TRY(open_columns(x, i, &columns));
-    HALO_TRY(x->kernels->attention_columns_fwd(&x->queries[i], &columns));
+    opened open;
+    HALO_TRY(open_columns(x, i, false, &open));
+    HALO_TRY(x->kernels->attention_columns_fwd(&x->queries[i], &open.columns));
   }
   return HALO_OK;
 }
@@ -328,37 +383,31 @@ static halo_status columns_backward(void *context) {
   const halo__gather *g = x->gather;
   const int64_t row = x->D * x->acc_bytes, pair = 2 * row;
   HALO_TRY(halo__ring_wait_columns(x->ring));
-  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMN_GRADIENTS, g->n_entries * pair));
-  int64_t most = 0;
+  HALO_TRY(
+      halo__ring_reserve(x->ring, HALO__RING_COLUMN_GRADIENTS, g->n_entries * pair, x->device));
   for (int32_t i = 0; i < x->here; i++) {
-    halo_attention_columns columns;
-    HALO_TRY(open_columns(x, i, &columns));
-    columns.dk = halo__ring_buffer(x->ring, HALO__RING_COLUMN_GRADIENTS, i);
-    columns.dv = (char *)columns.dk + g->n_entries * row;
-    HALO_TRY(x->kernels->attention_columns_bwd(&x->queries[i], &columns));
-    const int64_t n = g->owned_offset[x->rank + i + 1] - g->owned_offset[x->rank + i];
-    most = n > most ? n : most;
+    opened open;
+    HALO_TRY(open_columns(x, i, true, &open));
+    open.columns.dk = halo__ring_buffer(x->ring, HALO__RING_COLUMN_GRADIENTS, i);
+    open.columns.dv = (char *)open.columns.dk + g->n_entries * row;
+    HALO_TRY(x->kernels->attention_columns_bwd(&x->queries[i], &open.columns));
   }
-  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_SENT, g->n_entries * pair));
-  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_RECEIVED, most * pair * x->world));
+  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_SENT, g->n_entries * pair, x->device));
+  HALO_TRY(halo__ring_reserve(x->ring, HALO__RING_COLUMNS_RECEIVED,
+                              most_owned(x) * pair * x->world, x->device));
   int64_t n_transfers = 0;
   for (int32_t i = 0; i < x->here; i++) {
-    const char *dk = halo__ring_buffer(x->ring, HALO__RING_COLUMN_GRADIENTS, i);
-    const char *dv = dk + g->n_entries * row;
     char *sent = halo__ring_buffer(x->ring, HALO__RING_COLUMNS_SENT, i);
     char *received = halo__ring_buffer(x->ring, HALO__RING_COLUMNS_RECEIVED, i);
-    int64_t own;
-    (void)owned_by(x, x->rank + i, &own);
-    for (int64_t e = 0; e < g->n_entries; e++) {
-      memcpy(sent + e * pair, dk + g->owned[e] * row, (size_t)row);
-      memcpy(sent + e * pair + row, dv + g->owned[e] * row, (size_t)row);
-    }
+    const int64_t own = owned_by(x, x->rank + i);
+    HALO_TRY(take_rows(x, sent, halo__ring_buffer(x->ring, HALO__RING_COLUMN_GRADIENTS, i),
+                       2 * g->n_entries, x->acc_bytes, g->return_row, 2 * g->n_entries, 0,
+                       2 * g->n_entries));
     for (int32_t r = 0; r < x->world; r++) {
-      const int64_t from = g->owned_offset[r];
       x->transfers[n_transfers++] = (halo__transfer){
-          sent + from * pair, (g->owned_offset[r + 1] - from) * pair, i, r, true};
+          sent + g->owned_offset[r] * pair, owned_by(x, r) * pair, i, r, true, x->device};
       x->transfers[n_transfers++] =
-          (halo__transfer){received + r * own * pair, own * pair, i, r, false};
+          (halo__transfer){received + r * own * pair, own * pair, i, r, false, x->device};
     }
   }
   return halo__ring_post_columns(x->ring, x->transfers, n_transfers);
@@ -369,19 +418,17 @@ static halo_status columns_return(void *context) {
 }
 
 /* dkv [2,B,Hk,T,D] += the W parts of the rank's own columns, in rank order. */
-static halo_status add_column_gradients(const pass *x, int32_t here, char *dkv) {
-  int64_t n, *rows;
-  const int32_t *owned = owned_by(x, x->rank + here, &n);
-  HALO_TRY(halo__scratch((void **)&rows, n, sizeof *rows));
-  for (int64_t e = 0, group = 0; e < n; e++) {
-    group = group_from(x, group, owned[e]);
-    rows[e] = group * x->T + x->gather->local[owned[e]];
-  }
-  halo_status status = x->kernels->attention_columns_add(
+static halo_status add_column_gradients(pass *x, int32_t here, char *dkv) {
+  const halo__gather *g = x->gather;
+  const int64_t *rows;
+  HALO_TRY(halo__plan_mirror(&rows, x->plan, x->device, g->own_row,
+                             g->n_entries * (int64_t)sizeof *g->own_row));
+  const int64_t n = owned_by(x, x->rank + here);
+  if (n == 0) return HALO_OK;
+  return x->kernels->attention_columns_add(
       x->acc, dkv, dkv + x->B * x->Hk * x->T * x->D * x->acc_bytes,
-      halo__ring_buffer(x->ring, HALO__RING_COLUMNS_RECEIVED, here), rows, n, x->world, x->D);
-  halo__free(rows);
-  return status;
+      halo__ring_buffer(x->ring, HALO__RING_COLUMNS_RECEIVED, here),
+      rows + g->owned_offset[x->rank + here], n, x->world, x->D);
 }
 
 /* The whole gradient of the rank's keys goes to dk and dv. */
@@ -391,12 +438,12 @@ static halo_status store(void *context, int32_t here, void *dkv) {
   if (x->gather != NULL) HALO_TRY(add_column_gradients(x, here, dkv));
   void *narrow = NULL;
   if (x->dtype != x->acc) {
-    HALO_TRY(halo__scratch(&narrow, 2 * count, x->element));
-    HALO_TRY(x->kernels->convert(narrow, x->dtype, dkv, x->acc, 2 * count));
+    HALO_TRY(halo__alloc(&narrow, 2 * count * x->element, x->device));
   }
   const char *from = narrow != NULL ? narrow : dkv;
   halo_tensor *both[2] = {x->dk, x->dv};
   halo_status status = HALO_OK;
+  if (narrow != NULL) status = x->kernels->convert(narrow, x->dtype, dkv, x->acc, 2 * count);
   for (int32_t i = 0; i < 2 && status == HALO_OK; i++) {
     const int64_t *s = both[i]->stride, stride[4] = {s[0], s[2], s[1], s[3]};
     status = x->kernels->unpack(rank_data(x, both[i], here), from + i * count * x->element,
@@ -410,7 +457,8 @@ static halo_status store(void *context, int32_t here, void *dkv) {
 
 static halo_status run_ring(pass *x, bool is_backward) {
   const int64_t count = 2 * x->B * x->Hk * x->T * x->D;
-  halo__ring_pass ring_pass = {.is_backward = is_backward, .kv_bytes = count * x->element,
+  halo__ring_pass ring_pass = {.is_backward = is_backward, .device = x->device,
+                               .kv_bytes = count * x->element,
                                .dkv_count = count, .dkv_dtype = x->acc, .context = x, .load = load,
                                .compute = meet_tiles, .store = store};
   if (x->gather != NULL) {
@@ -421,15 +469,25 @@ static halo_status run_ring(pass *x, bool is_backward) {
   return halo__ring_run(x->ring, &ring_pass);
 }
 
+enum { ALIGNMENT = 256 }; /* of each array of the state */
+
+static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
 /* out and lse of q, k, v, whose last dims are contiguous. */
 static halo_status run_forward(pass *x, halo_tensor *out, halo_tensor *lse) {
-  const int64_t rows = x->B * x->H * x->T, each = rows * (x->D + 2);
-  HALO_TRY(halo__scratch(&x->state, x->here * each, x->acc_bytes));
+  if (x->world == 1 && x->gather == NULL) {
+    x->out = out;
+    x->lse = lse;
+    return run_ring(x, false);
+  }
+  const int64_t rows = x->B * x->H * x->T, row_bytes = aligned(rows * x->acc_bytes);
+  const int64_t o_bytes = aligned(rows * x->D * x->acc_bytes), each = o_bytes + 2 * row_bytes;
+  HALO_TRY(halo__alloc(&x->state, x->here * each, x->device));
   for (int32_t i = 0; i < x->here; i++) {
     halo_attention_queries *a = &x->queries[i];
-    a->o = (char *)x->state + i * each * x->acc_bytes;
-    a->m = (char *)a->o + rows * x->D * x->acc_bytes;
-    a->l = (char *)a->m + rows * x->acc_bytes;
+    a->o = (char *)x->state + i * each;
+    a->m = (char *)a->o + o_bytes;
+    a->l = (char *)a->m + row_bytes;
     HALO_TRY(x->kernels->attention_begin(a));
   }
   HALO_TRY(run_ring(x, false));
@@ -453,9 +511,10 @@ static halo_status attention_forward(halo__call *c) {
   halo_tensor *in[3] = {0}, *lse = NULL;
   halo_status status = HALO_OK;
   for (int32_t i = 0; i < 3; i++) HALO_TRY_GOTO(readable(&in[i], c->in[i]));
+  const int32_t device = (int32_t)halo__device(in[IN_Q]);
   const int64_t *shape = in[IN_Q]->shape, lse_shape[3] = {shape[0], shape[2], shape[1]};
-  HALO_TRY_GOTO(halo_tensor_new(&c->out[0], in[IN_Q]->dtype, HALO_CPU, 4, shape));
-  HALO_TRY_GOTO(halo_tensor_new(&lse, halo__acc_dtype(in[IN_Q]->dtype), HALO_CPU, 3, lse_shape));
+  HALO_TRY_GOTO(halo_tensor_new(&c->out[0], in[IN_Q]->dtype, device, 4, shape));
+  HALO_TRY_GOTO(halo_tensor_new(&lse, halo__acc_dtype(in[IN_Q]->dtype), device, 3, lse_shape));
   HALO_TRY_GOTO(pass_open(&p, x, in[IN_Q], in[IN_K], in[IN_V]));
   HALO_TRY_GOTO(check_ranks_agree(&p));
   HALO_TRY_GOTO(run_forward(&p, c->out[0], lse));
@@ -488,13 +547,15 @@ static halo_status run_backward(pass *x, halo_tensor *dq, const halo_tensor *gra
   const int64_t rows = x->B * x->H * x->T;
   int32_t head_parts, parts;
   backward_parts(x, &head_parts, &parts);
-  const int64_t each = rows * (x->D * parts + 2);
-  HALO_TRY(halo__scratch(&x->state, x->here * each, x->acc_bytes));
+  const int64_t row_bytes = aligned(rows * x->acc_bytes);
+  const int64_t dq_bytes = aligned(rows * x->D * parts * x->acc_bytes);
+  const int64_t each = dq_bytes + 2 * row_bytes;
+  HALO_TRY(halo__alloc(&x->state, x->here * each, x->device));
   for (int32_t i = 0; i < x->here; i++) {
     halo_attention_queries *a = &x->queries[i];
-    char *state = (char *)x->state + i * each * x->acc_bytes;
-    char *row_lse = state + rows * x->D * parts * x->acc_bytes;
-    char *row_delta = row_lse + rows * x->acc_bytes;
+    char *state = (char *)x->state + i * each;
+    char *row_lse = state + dq_bytes;
+    char *row_delta = row_lse + row_bytes;
     a->dq = state;
     a->n_parts = parts;
     a->n_head_parts = head_parts;
@@ -595,7 +656,11 @@ halo_status halo_attention_merge(halo_tensor *o, halo_tensor *lse, const halo_te
   HALO_CHECK(halo_tensor_is_contiguous(o) && halo_tensor_is_contiguous(o_part) &&
                  halo_tensor_is_contiguous(lse) && halo_tensor_is_contiguous(lse_part),
              HALO_EARG, "attention_merge: all tensors must be contiguous");
-  return halo__kernels(HALO_CPU)->attention_merge(
+  const halo_device device = halo__device(o);
+  HALO_CHECK(halo__device(lse) == device && halo__device(o_part) == device &&
+                 halo__device(lse_part) == device,
+             HALO_EARG, "attention_merge: all tensors must be on one device");
+  return halo__kernels(device)->attention_merge(
       o->dtype, halo__data(o), halo__data(lse), halo__data(o_part), halo__data(lse_part),
       o->shape[0], o->shape[1], o->shape[2], o->shape[3]);
 }
@@ -605,12 +670,48 @@ static halo_status check_positions(const halo_tensor *t, int64_t n, const char *
                  halo_tensor_is_contiguous(t),
              HALO_EARG, "attention_cached: %s is %s; it must be a contiguous i64 [%lld]", name,
              t == NULL ? "NULL" : halo__describe(t), (long long)n);
+  // Values on a device are not looked at: that would wait for it at every token of every layer.
+  if (halo__device(t) != HALO_CPU) return HALO_OK;
   const int64_t *x = halo__data(t);
   for (int64_t i = 0; i < n; i++) {
     HALO_CHECK(x[i] >= 0 && x[i] <= INT32_MAX, HALO_EARG, "attention_cached: %s[%lld] is %lld",
                name, (long long)i, (long long)x[i]);
   }
   return HALO_OK;
+}
+
+/* Positions where the kernel reads them: their own memory, or a copy to free in *copy. */
+static halo_status positions_on(const int64_t **out, int64_t **copy, halo_device device,
+                                const halo_tensor *t, int64_t n) {
+  *copy = NULL;
+  *out = halo__data(t);
+  if (halo__device(t) == device || n == 0) return HALO_OK;
+  HALO_CHECK(device != HALO_CPU, HALO_EARG, "attention_cached: positions are on another device");
+  HALO_TRY(halo__alloc((void **)copy, n * (int64_t)sizeof **copy, device));
+  *out = *copy;
+  return halo__kernels(device)->copy_in(*copy, halo__data(t), n * (int64_t)sizeof **copy);
+}
+
+static halo_status run_cached(halo_tensor *o, halo_tensor *lse, const halo_tensor *q,
+                              const halo_tensor *k, const halo_tensor *v, int64_t length,
+                              const halo_tensor *key_positions,
+                              const halo_tensor *query_positions, double scale) {
+  const halo_device device = halo__device(q);
+  const int64_t *key_position, *query_position;
+  int64_t *copies[2] = {NULL, NULL};
+  halo_status status = positions_on(&key_position, &copies[0], device, key_positions, length);
+  if (status == HALO_OK) {
+    status = positions_on(&query_position, &copies[1], device, query_positions, q->shape[1]);
+  }
+  if (status == HALO_OK) {
+    status = halo__kernels(device)->attention_cached(
+        q->dtype, halo__data(o), halo__data(lse), halo__data(q), halo__data(k), halo__data(v),
+        key_position, query_position, q->shape[0], q->shape[1], q->shape[2], k->shape[2],
+        q->shape[3], length, k->shape[1], scale);
+  }
+  halo__free(copies[0]);
+  halo__free(copies[1]);
+  return status;
 }
 
 halo_status halo_attention_cached(halo_tensor **out, halo_tensor **lse_out, const halo_tensor *q,
@@ -630,17 +731,17 @@ halo_status halo_attention_cached(halo_tensor **out, halo_tensor **lse_out, cons
   HALO_CHECK(length >= 0 && length <= k->shape[1], HALO_EARG,
              "attention_cached: length is %lld of a cache of %lld", (long long)length,
              (long long)k->shape[1]);
+  HALO_CHECK(halo__device(q) == halo__device(k) && halo__device(q) == halo__device(v), HALO_EARG,
+             "attention_cached: q, k and v must be on one device");
   HALO_TRY(check_positions(key_positions, length, "key_positions"));
   HALO_TRY(check_positions(query_positions, q->shape[1], "query_positions"));
   const int64_t lse_shape[3] = {q->shape[0], q->shape[2], q->shape[1]};
   halo_tensor *o, *lse;
   HALO_TRY(halo__new_like(&o, q));
-  halo_status status = halo_tensor_new(&lse, halo__acc_dtype(q->dtype), HALO_CPU, 3, lse_shape);
+  halo_status status = halo_tensor_new(&lse, halo__acc_dtype(q->dtype), (int32_t)halo__device(q), 3,
+                                       lse_shape);
   if (status == HALO_OK && halo_tensor_count(q) > 0) {
-    status = halo__kernels(HALO_CPU)->attention_cached(
-        q->dtype, halo__data(o), halo__data(lse), halo__data(q), halo__data(k), halo__data(v),
-        halo__data(key_positions), halo__data(query_positions), q->shape[0], q->shape[1],
-        q->shape[2], k->shape[2], q->shape[3], length, k->shape[1], scale);
+    status = run_cached(o, lse, q, k, v, length, key_positions, query_positions, scale);
     if (status != HALO_OK) halo_tensor_free(lse);
   }
   if (status != HALO_OK) {

@@ -11,6 +11,10 @@
  * is also what moves the fewest bytes). So a run repeats bit for bit, and `local` and `mpi` agree
  * bit for bit.
  *
+ * Transfers may be of device memory. Copies between ranks of this process go through the device's own
+ * kernel table; what leaves the process passes through host memory (stage), since no remote reads
+ * device memory yet. The collectives of halo.h are for host memory.
+ *
  * Local copies happen in the wait, not in the post: a caller that changes a buffer in flight then
  * gets a wrong result under `local` too, where tests see it.
  */
@@ -20,6 +24,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "kernels.h"
+
 enum { MAX_LOCAL_RANKS = 1024 }; // the pair table is its square
 
 /* A local copy that waits for its wait. */
@@ -27,14 +33,16 @@ typedef struct copy {
   void *to;
   const void *from;
   int64_t bytes;
+  halo_device to_device, from_device;
 } copy;
 
 struct halo__pending {
   halo__pending *next; /* in the communicator's list of free ones */
   copy *copies;
   int64_t n_copies, copy_capacity;
-  halo__transfer *remote; /* transfers that leave the process */
-  int64_t n_remote, remote_capacity;
+  halo__transfer *remote; /* transfers that leave the process, host memory */
+  void **landing;         /* [n_remote] device memory that a remote receive is for; else NULL */
+  int64_t n_remote, remote_capacity, landing_capacity;
   void *request; /* of the remote; NULL when nothing left the process */
   int64_t flight; /* number in the flight recorder */
 };
@@ -113,6 +121,7 @@ void halo_comm_free(halo_comm *c) {
     c->free_pending = p->next;
     halo__free(p->copies);
     halo__free(p->remote);
+    halo__free(p->landing);
     halo__free(p);
   }
   if (c->remote != NULL) c->remote->free(c->state);
@@ -167,6 +176,9 @@ static halo_status take_pending(halo__pending **out, halo_comm *c, int64_t n) {
   if (status == HALO_OK) {
     status = reserve((void **)&p->remote, &p->remote_capacity, n, sizeof *p->remote);
   }
+  if (status == HALO_OK) {
+    status = reserve((void **)&p->landing, &p->landing_capacity, n, sizeof *p->landing);
+  }
   if (status != HALO_OK) {
     p->next = c->free_pending;
     c->free_pending = p;
@@ -205,7 +217,8 @@ static halo_status match_local(halo_comm *c, halo__pending *p, const halo__trans
                       *head < 0 ? 0LL : (long long)t[*head].bytes);
       break;
     }
-    p->copies[p->n_copies++] = (copy){t[i].data, t[*head].data, t[i].bytes};
+    p->copies[p->n_copies++] =
+        (copy){t[i].data, t[*head].data, t[i].bytes, t[i].device, t[*head].device};
     *head = next[*head];
     open--;
   }
@@ -218,6 +231,52 @@ static halo_status match_local(halo_comm *c, halo__pending *p, const halo__trans
     for (int64_t i = 0; i < (int64_t)c->here * c->here; i++) c->pair_head[i] = -1;
   }
   halo__free(next);
+  return status;
+}
+
+/* One local copy; on a device it is queued behind what computed `from`. */
+static halo_status copy_bytes(const copy *x) {
+  if (x->to_device == HALO_CPU && x->from_device == HALO_CPU) {
+    memcpy(x->to, x->from, (size_t)x->bytes);
+    return HALO_OK;
+  }
+  if (x->to_device == HALO_CPU) return halo__kernels(x->from_device)->copy_out(x->to, x->from, x->bytes);
+  const halo_kernels *k = halo__kernels(x->to_device);
+  return x->from_device == HALO_CPU ? k->copy_in(x->to, x->from, x->bytes)
+                                    : k->copy(x->to, x->from, x->bytes);
+}
+
+/* The remote moves host memory: a transfer of device memory gets a block of it for the trip. */
+static halo_status stage(halo__pending *p, const halo__transfer *t) {
+  halo__transfer *staged = &p->remote[p->n_remote];
+  *staged = *t;
+  p->landing[p->n_remote] = NULL;
+  if (t->device != HALO_CPU) {
+    HALO_TRY(halo__alloc(&staged->data, t->bytes, HALO_CPU));
+    p->landing[p->n_remote] = t->data;
+    if (t->is_send) {
+      halo_status status = halo__kernels(t->device)->copy_out(staged->data, t->data, t->bytes);
+      if (status != HALO_OK) {
+        halo__free(staged->data);
+        return status;
+      }
+    }
+  }
+  p->n_remote++;
+  return HALO_OK;
+}
+
+/* Staged receives reach their device, staging goes. */
+static halo_status unstage(halo__pending *p, bool has_arrived) {
+  halo_status status = HALO_OK;
+  for (int64_t i = 0; i < p->n_remote; i++) {
+    if (p->landing[i] == NULL) continue;
+    const halo__transfer *t = &p->remote[i];
+    if (!t->is_send && has_arrived && status == HALO_OK) {
+      status = halo__kernels(t->device)->copy_in(p->landing[i], t->data, t->bytes);
+    }
+    halo__free(t->data);
+  }
   return status;
 }
 
@@ -236,14 +295,17 @@ halo_status halo__comm_post(halo__pending **out, halo_comm *c, halo__channel cha
     assert(transfers[i].peer >= 0 && transfers[i].peer < c->size);
     if (transfers[i].is_send) bytes_out += transfers[i].bytes;
     if (transfers[i].bytes > 0 && !lives_here(c, transfers[i].peer)) {
-      p->remote[p->n_remote++] = transfers[i];
+      status = stage(p, &transfers[i]);
+      if (status != HALO_OK) break;
     }
   }
-  if (p->n_remote < n) status = match_local(c, p, transfers, n);
+  if (status == HALO_OK && p->n_remote < n) status = match_local(c, p, transfers, n);
   if (status == HALO_OK && p->n_remote > 0) {
     status = c->remote->post(c->state, &p->request, channel, p->remote, p->n_remote);
   }
   if (status != HALO_OK) {
+    // Staging that the remote may still write to is not given back: the job is over (ring.c).
+    if (p->request == NULL) (void)unstage(p, false);
     give_pending(c, p);
     return status;
   }
@@ -257,11 +319,13 @@ halo_status halo__comm_wait(halo_comm *c, halo__pending **pending) {
   if (p == NULL) return HALO_OK;
   *pending = NULL;
   double start = now_seconds();
-  for (int64_t i = 0; i < p->n_copies; i++) {
-    memcpy(p->copies[i].to, p->copies[i].from, (size_t)p->copies[i].bytes);
+  halo_status status = HALO_OK, waited = HALO_OK;
+  for (int64_t i = 0; i < p->n_copies && status == HALO_OK; i++) status = copy_bytes(&p->copies[i]);
+  if (p->request != NULL) {
+    waited = c->remote->wait(c->state, p->request);
+    if (waited == HALO_OK) waited = unstage(p, true);
   }
-  halo_status status = HALO_OK;
-  if (p->request != NULL) status = c->remote->wait(c->state, p->request);
+  if (status == HALO_OK) status = waited;
   c->exposed_seconds += now_seconds() - start;
   halo__trace_comm_end(p->flight);
   give_pending(c, p);
@@ -309,8 +373,8 @@ halo_status halo_comm_all_gatherv(halo_comm *c, void *const *out, const void *co
   for (int32_t i = 0; i < c->here; i++) {
     char *to = out[i];
     for (int32_t r = 0; r < c->size; r++) {
-      t[n++] = (halo__transfer){(void *)in[i], bytes[c->rank + i], i, r, true};
-      t[n++] = (halo__transfer){to, bytes[r], i, r, false};
+      t[n++] = (halo__transfer){(void *)in[i], bytes[c->rank + i], i, r, true, HALO_CPU};
+      t[n++] = (halo__transfer){to, bytes[r], i, r, false, HALO_CPU};
       to += bytes[r];
     }
   }
@@ -336,8 +400,8 @@ halo_status halo_comm_all_to_all(halo_comm *c, void *const *out, const void *con
   int64_t n = 0;
   for (int32_t i = 0; i < c->here; i++) {
     for (int32_t r = 0; r < c->size; r++) {
-      t[n++] = (halo__transfer){(char *)in[i] + r * bytes, bytes, i, r, true};
-      t[n++] = (halo__transfer){(char *)out[i] + r * bytes, bytes, i, r, false};
+      t[n++] = (halo__transfer){(char *)in[i] + r * bytes, bytes, i, r, true, HALO_CPU};
+      t[n++] = (halo__transfer){(char *)out[i] + r * bytes, bytes, i, r, false, HALO_CPU};
     }
   }
   halo_status status = move(c, t, n);
@@ -358,12 +422,12 @@ halo_status halo_comm_broadcast(halo_comm *c, void *const *buffers, int64_t byte
     for (int32_t r = 0; r < c->size && self == root; r++) {
       int64_t start = piece_start(bytes, r, c->size);
       int64_t size = piece_start(bytes, r + 1, c->size) - start;
-      if (r != root) t[n++] = (halo__transfer){(char *)buffers[i] + start, size, i, r, true};
+      if (r != root) t[n++] = (halo__transfer){(char *)buffers[i] + start, size, i, r, true, HALO_CPU};
     }
     if (self != root) {
       int64_t start = piece_start(bytes, self, c->size);
       int64_t size = piece_start(bytes, self + 1, c->size) - start;
-      t[n++] = (halo__transfer){(char *)buffers[i] + start, size, i, root, false};
+      t[n++] = (halo__transfer){(char *)buffers[i] + start, size, i, root, false, HALO_CPU};
     }
   }
   halo_status status = move(c, t, n);
@@ -376,8 +440,8 @@ halo_status halo_comm_broadcast(halo_comm *c, void *const *buffers, int64_t byte
       int64_t start = piece_start(bytes, r, c->size);
       int64_t size = piece_start(bytes, r + 1, c->size) - start;
       if (r == self) continue;
-      if (r != root) t[n++] = (halo__transfer){(char *)buffers[i] + own, own_size, i, r, true};
-      if (self != root) t[n++] = (halo__transfer){(char *)buffers[i] + start, size, i, r, false};
+      if (r != root) t[n++] = (halo__transfer){(char *)buffers[i] + own, own_size, i, r, true, HALO_CPU};
+      if (self != root) t[n++] = (halo__transfer){(char *)buffers[i] + start, size, i, r, false, HALO_CPU};
     }
   }
   if (status == HALO_OK) status = move(c, t, n);
@@ -414,8 +478,8 @@ static halo_status reduce_slice(halo_comm *c, void *const *buffers, int64_t firs
       int64_t start = piece_start(count, r, c->size);
       int64_t share = piece_start(count, r + 1, c->size) - start;
       t[n++] =
-          (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, true};
-      t[n++] = (halo__transfer){scratch, own_count * size, i, r, false};
+          (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, true, HALO_CPU};
+      t[n++] = (halo__transfer){scratch, own_count * size, i, r, false, HALO_CPU};
       scratch += own_count * size;
     }
   }
@@ -444,9 +508,9 @@ static halo_status reduce_slice(halo_comm *c, void *const *buffers, int64_t firs
       int64_t share = piece_start(count, r + 1, c->size) - start;
       if (r == self) continue;
       t[n++] =
-          (halo__transfer){(char *)buffers[i] + (first + own) * size, own_count * size, i, r, true};
+          (halo__transfer){(char *)buffers[i] + (first + own) * size, own_count * size, i, r, true, HALO_CPU};
       t[n++] =
-          (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, false};
+          (halo__transfer){(char *)buffers[i] + (first + start) * size, share * size, i, r, false, HALO_CPU};
     }
   }
   return move(c, t, n);

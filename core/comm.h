@@ -28,6 +28,7 @@ typedef struct halo__transfer {
   int32_t here; /* which of the ranks of this process: 0 .. here-1 */
   int32_t peer; /* the other end, a rank of the communicator */
   bool is_send;
+  halo_device device; /* whose memory `data` is */
 } halo__transfer;
 
 typedef struct halo__pending halo__pending;

@@ -118,6 +118,10 @@ HALO_API int32_t halo_threads(void);
  * flags before; -1 changes nothing. */
 enum { HALO_MATH_TF32 = 1, HALO_MATH_FIXED = 2 };
 HALO_API int32_t halo_set_math(int32_t flags);
+/* Whether sums on a GPU come in a fixed order, so that runs repeat bit for bit; off at first, since it
+ * costs speed in attention's backward. The CPU always repeats. */
+HALO_API void halo_set_deterministic(int32_t on);
+HALO_API int32_t halo_deterministic(void);
 
 /* ---- Random --------------------------------------------------------------------------------- */
 

@@ -80,6 +80,11 @@ typedef struct halo__column_slice {
  *   owned[owned_offset[r]..owned_offset[r+1])   the entries that rank r owns, ascending: the order
  *                                      in which r sends them and everyone receives them
  *   slot[slot_offset[u] + index]       entry in `token` (absolute) of column `index` of u = b*H+h
+ * The ways of rows, as indices for the kernel `take`; entries in the order of `owned`, T tokens a rank:
+ *   own_row[e]        row of the entry in its owner's keys [B,Hk,T]
+ *   send_row[2e, +1]  its K and V in the owner's [2,B,Hk,T]: what is sent, K next to V
+ *   place_row         [2,n_entries]: where K and V of each entry lie in what was received [.,2]
+ *   return_row[2e,+1] dK and dV of the entry in [2,n_entries]: what is sent back
  */
 typedef struct halo__gather {
   struct halo__gather *next; /* of another number of key/value heads; the plan's list */
@@ -94,6 +99,7 @@ typedef struct halo__gather {
   int32_t *owned;        /* [n_entries] */
   int64_t *slot_offset;  /* [B*H + 1] */
   int32_t *slot;
+  int64_t *own_row, *send_row, *place_row, *return_row;
 } halo__gather;
 
 /* The token test of one rank, see above. */
@@ -121,6 +127,17 @@ halo_status halo__plan_column_slice(const halo__column_slice **out, halo_plan *p
 halo_status halo__plan_columns_by_column(const halo__rows **out, halo_plan *p, int32_t query_rank);
 halo_status halo__plan_gather(const halo__gather **out, halo_plan *p, int64_t kv_heads);
 halo_status halo__plan_tokens(const halo__tokens **out, halo_plan *p, int32_t rank);
+
+/* ---- plan_device.c: the tables above where kernels run ---------------------------------------- */
+
+/* *(const void **)out_pointer = the copy of a table of the plan, `bytes` long, on a device; the table
+ * itself on the CPU. Made on first use, owned by the plan. `host` must be the start of the table. */
+halo_status halo__plan_mirror(void *out_pointer, halo_plan *p, halo_device device, const void *host,
+                              int64_t bytes);
+/* The struct stays on the host, what it points to is copied. */
+halo_status halo__plan_mirror_rows(halo__rows *out, halo_plan *p, halo_device device,
+                                   const halo__rows *rows);
+void halo__plan_drop_mirrors(halo_plan *p);
 
 /* ---- Inside: plan.c, plan_set.c, plan_slice.c and plan_stats.c only -------------------------- */
 
@@ -199,6 +216,7 @@ struct halo_plan {
   halo__rows *by_column; /* [W] transposes of column_slices */
   halo__tokens **tokens;              /* [W] */
   halo__gather *gathers;              /* one per number of key/value heads asked for */
+  struct halo__mirrors *mirrors;      /* copies on a device */
   int64_t *tile_counts;               /* [W, W] query rank, flat ring step; then [W] column pairs */
 };
 

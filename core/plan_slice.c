@@ -365,6 +365,10 @@ static void gather_free(halo__gather *g) {
   halo__free(g->owned);
   halo__free(g->slot_offset);
   halo__free(g->slot);
+  halo__free(g->own_row);
+  halo__free(g->send_row);
+  halo__free(g->place_row);
+  halo__free(g->return_row);
   halo__free(g);
 }
 
@@ -408,6 +412,30 @@ static void gather_owners(halo__gather *g, const halo_layout *l) {
   g->owned_offset[0] = 0;
 }
 
+/* The ways of rows, see halo__gather. */
+static halo_status gather_ways(halo__gather *g, const halo_layout *l) {
+  const int64_t n = g->n_entries, tokens = halo_layout_local_tokens(l), rows = g->n_groups * tokens;
+  HALO_TRY(halo__plan_alloc(&g->own_row, n, sizeof *g->own_row));
+  HALO_TRY(halo__plan_alloc(&g->send_row, 2 * n, sizeof *g->send_row));
+  HALO_TRY(halo__plan_alloc(&g->place_row, 2 * n, sizeof *g->place_row));
+  HALO_TRY(halo__plan_alloc(&g->return_row, 2 * n, sizeof *g->return_row));
+  for (int32_t r = 0; r < l->world; r++) {
+    int64_t group = 0; // entries of groups are neighbours, and a rank's own ascend
+    for (int64_t e = g->owned_offset[r]; e < g->owned_offset[r + 1]; e++) {
+      const int32_t entry = g->owned[e];
+      while (g->offset[group + 1] <= entry) group++;
+      g->own_row[e] = group * tokens + g->local[entry];
+      g->send_row[2 * e] = g->own_row[e];
+      g->send_row[2 * e + 1] = rows + g->own_row[e];
+      g->place_row[entry] = 2 * e;
+      g->place_row[n + entry] = 2 * e + 1;
+      g->return_row[2 * e] = entry;
+      g->return_row[2 * e + 1] = n + entry;
+    }
+  }
+  return HALO_OK;
+}
+
 static halo_status make_gather(halo__gather **out, halo_plan *p, int64_t kv_heads) {
   halo_status status = HALO_OK;
   const int64_t units = p->n_batch * p->n_heads, share = p->n_heads / kv_heads;
@@ -435,6 +463,7 @@ static halo_status make_gather(halo__gather **out, halo_plan *p, int64_t kv_head
   HALO_TRY_GOTO(halo__plan_alloc(&g->owned, g->n_entries, sizeof *g->owned));
   HALO_TRY_GOTO(halo__plan_alloc(&g->owned_offset, p->layout.world + 1, sizeof *g->owned_offset));
   gather_owners(g, &p->layout);
+  HALO_TRY_GOTO(gather_ways(g, &p->layout));
   for (int64_t u = 0; u < units; u++) {
     const int32_t *list = columns->token + columns->offset[p->pattern_of[u]];
     int64_t at = g->offset[u / share];
@@ -521,6 +550,7 @@ halo_status halo__plan_tokens(const halo__tokens **out, halo_plan *p, int32_t ra
  */
 
 void halo__plan_drop_slices(halo_plan *p) {
+  halo__plan_drop_mirrors(p);
   const int64_t world = p->layout.world;
   for (int64_t i = 0; i < world * world; i++) {
     if (p->slices) rows_free(&p->slices[i].by_query);

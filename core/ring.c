@@ -16,7 +16,6 @@
 #include "ring.h"
 
 #include <assert.h>
-#include <string.h>
 
 #include "kernels.h"
 #include "schedule.h"
@@ -25,6 +24,7 @@
 typedef struct arena {
   char *data;
   int64_t bytes, each;
+  halo_device device;
 } arena;
 
 struct halo_ring {
@@ -110,18 +110,24 @@ int64_t halo_ring_explain(const halo_ring *r, char *text, int64_t capacity) {
 
 /* ---- running -------------------------------------------------------------------------------- */
 
-halo_status halo__ring_reserve(halo_ring *r, halo__ring_buffer_id id, int64_t bytes) {
+enum { ALIGNMENT = 256 }; /* of slots: cache lines, and what bulk copies of devices ask for */
+
+static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+halo_status halo__ring_reserve(halo_ring *r, halo__ring_buffer_id id, int64_t bytes,
+                               halo_device device) {
   arena *a = &r->buffers[id];
   int64_t total;
-  a->each = (bytes + 63) / 64 * 64;
+  a->each = aligned(bytes);
   HALO_CHECK(halo__mul(a->each, r->here, &total), HALO_EARG, "ring: a buffer of %lld bytes a rank",
              (long long)bytes);
-  if (total <= a->bytes) return HALO_OK;
+  if (total <= a->bytes && a->device == device) return HALO_OK;
   halo__free(a->data);
   a->data = NULL;
   a->bytes = 0;
+  a->device = device;
   halo_memory_push_tag(HALO_TAG_RING);
-  halo_status status = halo__alloc((void **)&a->data, total, HALO_CPU);
+  halo_status status = halo__alloc((void **)&a->data, total, device);
   halo_memory_pop_tag();
   if (status == HALO_OK) a->bytes = total;
   return status;
@@ -146,7 +152,7 @@ typedef struct run {
   halo_ring *ring;
   const halo__ring_pass *pass;
   halo__schedule *const *tables; /* [here] */
-  int64_t kv_stride, dkv_stride; /* bytes from slot to slot, whole cache lines */
+  int64_t kv_stride, dkv_stride; /* bytes from slot to slot */
 } run;
 
 static char *kv_slot(const run *x, int32_t here, int32_t slot) {
@@ -168,8 +174,8 @@ static halo_status run_post(const run *x, int32_t k) {
     const halo__schedule_row *row = &x->tables[i]->rows[k];
     char *out = is_gradient ? dkv_slot(x, i, row->slot) : kv_slot(x, i, row->slot);
     char *in = is_gradient ? dkv_slot(x, i, row->slot_in) : kv_slot(x, i, row->slot_in);
-    r->transfers[2 * i] = (halo__transfer){out, bytes, i, row->to, true};
-    r->transfers[2 * i + 1] = (halo__transfer){in, bytes, i, row->from, false};
+    r->transfers[2 * i] = (halo__transfer){out, bytes, i, row->to, true, x->pass->device};
+    r->transfers[2 * i + 1] = (halo__transfer){in, bytes, i, row->from, false, x->pass->device};
   }
   return halo__comm_post(&r->pending[first->event], r->comm, (halo__channel)first->channel,
                          r->transfers, 2 * r->here);
@@ -177,14 +183,15 @@ static halo_status run_post(const run *x, int32_t k) {
 
 static halo_status run_move(const run *x, int32_t k) {
   const halo__ring_pass *pass = x->pass;
+  const halo_kernels *kernels = halo__kernels(pass->device);
   for (int32_t i = 0; i < x->ring->here; i++) {
     const halo__schedule_row *row = &x->tables[i]->rows[k];
     void *to = dkv_slot(x, i, row->slot_in);
     const void *from = dkv_slot(x, i, row->slot);
     if (row->kind == HALO__ROW_COPY) {
-      memcpy(to, from, (size_t)(pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype)));
+      HALO_TRY(kernels->copy(to, from, pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype)));
     } else {
-      HALO_TRY(halo__kernels(HALO_CPU)->axpy(pass->dkv_dtype, to, from, pass->dkv_count, 1));
+      HALO_TRY(kernels->axpy(pass->dkv_dtype, to, from, pass->dkv_count, 1));
     }
   }
   return HALO_OK;
@@ -227,11 +234,12 @@ halo_status halo__ring_run(halo_ring *r, const halo__ring_pass *pass) {
       "ring: a pass failed before, and messages of it may be under way: end the job (rank %d)",
       halo_ring_rank(r));
   run x = {.ring = r, .pass = pass, .tables = pass->is_backward ? r->backward : r->forward};
-  x.kv_stride = (pass->kv_bytes + 63) / 64 * 64;
-  x.dkv_stride = (pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype) + 63) / 64 * 64;
-  HALO_TRY(halo__ring_reserve(r, HALO__RING_KV, x.kv_stride * x.tables[0]->n_kv_slots));
+  x.kv_stride = aligned(pass->kv_bytes);
+  x.dkv_stride = aligned(pass->dkv_count * halo_dtype_bytes(pass->dkv_dtype));
+  HALO_TRY(halo__ring_reserve(r, HALO__RING_KV, x.kv_stride * x.tables[0]->n_kv_slots, pass->device));
   if (pass->is_backward) {
-    HALO_TRY(halo__ring_reserve(r, HALO__RING_DKV, x.dkv_stride * x.tables[0]->n_dkv_slots));
+    HALO_TRY(halo__ring_reserve(r, HALO__RING_DKV, x.dkv_stride * x.tables[0]->n_dkv_slots,
+                                pass->device));
   }
   halo_status status = HALO_OK;
   for (int32_t i = 0; i < r->here && status == HALO_OK; i++) {

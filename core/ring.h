@@ -10,8 +10,8 @@ halo_comm *halo__ring_comm(const halo_ring *r);
 /* Another owner of the ring; halo_ring_free drops one. */
 halo_ring *halo__ring_retain(halo_ring *r);
 
-/* Memory that belongs to the ring and outlives a failed pass, one block of `bytes` for each rank
- * here; kept for the next pass. */
+/* Memory that belongs to the ring and outlives a failed pass, one block of `bytes` on `device` for
+ * each rank here; kept for the next pass. */
 typedef enum halo__ring_buffer_id {
   HALO__RING_KV,
   HALO__RING_DKV,
@@ -21,7 +21,8 @@ typedef enum halo__ring_buffer_id {
   HALO__RING_COLUMN_GRADIENTS,
   HALO__RING_BUFFERS
 } halo__ring_buffer_id;
-halo_status halo__ring_reserve(halo_ring *r, halo__ring_buffer_id id, int64_t bytes);
+halo_status halo__ring_reserve(halo_ring *r, halo__ring_buffer_id id, int64_t bytes,
+                                halo_device device);
 void *halo__ring_buffer(const halo_ring *r, halo__ring_buffer_id id, int32_t here);
 
 /* Start and end the exchange of columns, one at a time; buffers are the ring's. */
@@ -33,6 +34,7 @@ halo_status halo__ring_wait_columns(halo_ring *r);
  * for each rank here in turn. */
 typedef struct halo__ring_pass {
   bool is_backward;
+  halo_device device;  /* of the slots */
   int64_t kv_bytes;    /* one KV slot: K then V of one rank */
   int64_t dkv_count;   /* elements of a dKV slot */
   halo_dtype dkv_dtype;

@@ -145,8 +145,8 @@ static void transfers_pair_in_order(void) {
       for (int j = 0; j < 2; j++) {
         uint8_t *from = (uint8_t *)send.p[i] + 2 * channel + j;
         uint8_t *to = (uint8_t *)recv.p[i] + 2 * channel + j;
-        t[n++] = (halo__transfer){from, 1, i, next, true};
-        t[n++] = (halo__transfer){to, 1, i, previous, false};
+        t[n++] = (halo__transfer){from, 1, i, next, true, HALO_CPU};
+        t[n++] = (halo__transfer){to, 1, i, previous, false, HALO_CPU};
       }
     }
     CHECK_OK(halo__comm_post(channel ? &dkv : &kv, comm,
@@ -237,11 +237,11 @@ static void unmatched_transfers_are_refused(void) {
   char byte[2] = {1, 2};
   halo__pending *p = NULL;
   int peer = halo_comm_size(comm) - 1;
-  halo__transfer send = {byte, 1, 0, peer, true};
+  halo__transfer send = {byte, 1, 0, peer, true, HALO_CPU};
   CHECK_STATUS(halo__comm_post(&p, comm, HALO__CHANNEL_COLLECTIVE, &send, 1), HALO_ECOMM);
-  halo__transfer recv = {byte, 1, 0, peer, false};
+  halo__transfer recv = {byte, 1, 0, peer, false, HALO_CPU};
   CHECK_STATUS(halo__comm_post(&p, comm, HALO__CHANNEL_COLLECTIVE, &recv, 1), HALO_ECOMM);
-  halo__transfer two[2] = {{byte, 1, 0, peer, true}, {byte + 1, 2, peer, 0, false}};
+  halo__transfer two[2] = {{byte, 1, 0, peer, true, HALO_CPU}, {byte + 1, 2, peer, 0, false, HALO_CPU}};
   CHECK_STATUS(halo__comm_post(&p, comm, HALO__CHANNEL_COLLECTIVE, two, 2), HALO_ECOMM);
   two[1].bytes = 1; // and the communicator still works
   CHECK_OK(halo__comm_post(&p, comm, HALO__CHANNEL_COLLECTIVE, two, 2));
