@@ -7,17 +7,31 @@
 
 #include "attention.cuh"
 
-/* Families are linked when they exist. */
+/* The hopper family is linked when it exists. */
 #define ABSENT __attribute__((weak))
 ABSENT bool halo__sm90_fwd_fits(const halo_attention_queries *) { return false; }
 ABSENT bool halo__sm90_bwd_fits(const halo_attention_queries *) { return false; }
 ABSENT bool halo__portable_fits(const halo_attention_queries *) { return false; }
-ABSENT bool halo__general_fits(const halo_attention_queries *) { return false; }
 ABSENT halo_status halo__sm90_fwd(const halo_attention_queries *, const halo_attention_tiles *,
                                   const halo__attention_out *) {
   return HALO_EUNSUPPORTED;
 }
 ABSENT halo_status halo__sm90_bwd(const halo_attention_queries *, const halo_attention_tiles *) {
+  return HALO_EUNSUPPORTED;
+}
+ABSENT halo_status halo__portable_fwd(const halo_attention_queries *, const halo_attention_tiles *,
+                                      const halo__attention_out *) {
+  return HALO_EUNSUPPORTED;
+}
+ABSENT halo_status halo__portable_bwd(const halo_attention_queries *, const halo_attention_tiles *) {
+  return HALO_EUNSUPPORTED;
+}
+ABSENT halo_status halo__portable_columns_fwd(const halo_attention_queries *,
+                                              const halo_attention_columns *) {
+  return HALO_EUNSUPPORTED;
+}
+ABSENT halo_status halo__portable_columns_bwd(const halo_attention_queries *,
+                                              const halo_attention_columns *) {
   return HALO_EUNSUPPORTED;
 }
 
@@ -63,4 +77,81 @@ halo_status halo__attention_choose(halo__attention_path *out, const halo_attenti
 halo_status halo__attention_dq_order(halo__attention_order *out, const halo_attention_queries *) {
   *out = HALO__DQ_ROWS;
   return HALO_OK;
+}
+
+/* ---- The rows of kernels.def -------------------------------------------------------------------- */
+
+halo_status halo_cuda_attention_tiles_fwd(const halo_attention_queries *a,
+                                          const halo_attention_tiles *keys) {
+  halo__attention_path path = HALO__ATTENTION_GENERAL;
+  HALO_TRY(halo__attention_choose(&path, a, false));
+  if (path == HALO__ATTENTION_HOPPER) return halo__sm90_fwd(a, keys, nullptr);
+  if (path == HALO__ATTENTION_PORTABLE) return halo__portable_fwd(a, keys, nullptr);
+  return halo__general_fwd(a, keys);
+}
+
+/* The general family has no kernel for this: state in between, as on the CPU. */
+static halo_status general_once(const halo__attention_out *to, const halo_attention_queries *a,
+                                const halo_attention_tiles *keys) {
+  halo_attention_queries b = *a;
+  const int64_t rows = a->n_batch * a->n_heads * a->block * a->n_blocks;
+  const int64_t bytes = a->dtype == HALO_F64 ? 8 : 4, row_bytes = (rows * bytes + 255) / 256 * 256;
+  char *state = nullptr;
+  HALO_TRY(halo__alloc((void **)&state, row_bytes * (a->head_size + 2), HALO_CUDA));
+  b.o = state;
+  b.m = state + row_bytes * a->head_size;
+  b.l = state + row_bytes * (a->head_size + 1);
+  halo_status status = halo_cuda_attention_begin(&b);
+  if (status == HALO_OK) status = halo__general_fwd(&b, keys);
+  if (status == HALO_OK) {
+    status = halo_cuda_attention_finish(to->out, to->out_stride, to->lse, to->lse_stride, &b);
+  }
+  halo__free(state);
+  return status;
+}
+
+halo_status halo_cuda_attention_once(void *out, const int64_t *out_stride, void *lse,
+                                     const int64_t *lse_stride, const halo_attention_queries *a,
+                                     const halo_attention_tiles *keys) {
+  const halo__attention_out to = {out, {out_stride[0], out_stride[1], out_stride[2]}, lse,
+                                  {lse_stride[0], lse_stride[1]}};
+  halo__attention_path path = HALO__ATTENTION_GENERAL;
+  HALO_TRY(halo__attention_choose(&path, a, false));
+  if (path == HALO__ATTENTION_HOPPER) return halo__sm90_fwd(a, keys, &to);
+  if (path == HALO__ATTENTION_PORTABLE) return halo__portable_fwd(a, keys, &to);
+  return general_once(&to, a, keys);
+}
+
+halo_status halo_cuda_attention_tiles_bwd(const halo_attention_queries *a,
+                                          const halo_attention_tiles *keys) {
+  HALO_CHECK(a->n_parts == 1, HALO_EUNSUPPORTED, "attention on cuda: dq in %d parts", (int)a->n_parts);
+  HALO_CHECK(keys->by_key != nullptr, HALO_EUNSUPPORTED, "attention on cuda: backward needs by_key");
+  halo__attention_path path = HALO__ATTENTION_GENERAL;
+  HALO_TRY(halo__attention_choose(&path, a, true));
+  if (path == HALO__ATTENTION_HOPPER) return halo__sm90_bwd(a, keys);
+  if (path == HALO__ATTENTION_PORTABLE) return halo__portable_bwd(a, keys);
+  return halo__general_bwd(a, keys);
+}
+
+/* Columns: mma.sync where it fits, also beside the hopper kernel's tiles. */
+static halo_status is_general(bool *out, const halo_attention_queries *a, bool is_backward) {
+  halo__attention_path path = HALO__ATTENTION_GENERAL;
+  HALO_TRY(halo__attention_choose(&path, a, is_backward));
+  *out = path == HALO__ATTENTION_GENERAL || !halo__portable_fits(a);
+  return HALO_OK;
+}
+
+halo_status halo_cuda_attention_columns_fwd(const halo_attention_queries *a,
+                                            const halo_attention_columns *keys) {
+  bool general = true;
+  HALO_TRY(is_general(&general, a, false));
+  return general ? halo__general_columns_fwd(a, keys) : halo__portable_columns_fwd(a, keys);
+}
+
+halo_status halo_cuda_attention_columns_bwd(const halo_attention_queries *a,
+                                            const halo_attention_columns *keys) {
+  HALO_CHECK(keys->by_column != nullptr, HALO_EUNSUPPORTED, "attention on cuda: backward needs by_column");
+  bool general = true;
+  HALO_TRY(is_general(&general, a, true));
+  return general ? halo__general_columns_bwd(a, keys) : halo__portable_columns_bwd(a, keys);
 }
