@@ -11,7 +11,6 @@
 #define ABSENT __attribute__((weak))
 ABSENT bool halo__sm90_fwd_fits(const halo_attention_queries *) { return false; }
 ABSENT bool halo__sm90_bwd_fits(const halo_attention_queries *) { return false; }
-ABSENT bool halo__portable_fits(const halo_attention_queries *) { return false; }
 ABSENT halo_status halo__sm90_fwd(const halo_attention_queries *, const halo_attention_tiles *,
                                   const halo__attention_out *) {
   return HALO_EUNSUPPORTED;
@@ -19,22 +18,6 @@ ABSENT halo_status halo__sm90_fwd(const halo_attention_queries *, const halo_att
 ABSENT halo_status halo__sm90_bwd(const halo_attention_queries *, const halo_attention_tiles *) {
   return HALO_EUNSUPPORTED;
 }
-ABSENT halo_status halo__portable_fwd(const halo_attention_queries *, const halo_attention_tiles *,
-                                      const halo__attention_out *) {
-  return HALO_EUNSUPPORTED;
-}
-ABSENT halo_status halo__portable_bwd(const halo_attention_queries *, const halo_attention_tiles *) {
-  return HALO_EUNSUPPORTED;
-}
-ABSENT halo_status halo__portable_columns_fwd(const halo_attention_queries *,
-                                              const halo_attention_columns *) {
-  return HALO_EUNSUPPORTED;
-}
-ABSENT halo_status halo__portable_columns_bwd(const halo_attention_queries *,
-                                              const halo_attention_columns *) {
-  return HALO_EUNSUPPORTED;
-}
-
 static const char *const names[] = {"hopper", "portable", "general"};
 
 /* HALO_ATTENTION, read at each call so that tests may change it: -1 for none. */
@@ -72,11 +55,6 @@ halo_status halo__attention_choose(halo__attention_path *out, const halo_attenti
       wanted < 0 ? "no kernel" : "HALO_ATTENTION names a family that has no kernel", (int)a->dtype,
       (long long)a->head_size, (long long)a->block, (long long)a->n_heads, (long long)a->n_kv_heads,
       a->head_size > 256 ? " (head sizes go to 256)" : "");
-}
-
-halo_status halo__attention_dq_order(halo__attention_order *out, const halo_attention_queries *) {
-  *out = HALO__DQ_ROWS;
-  return HALO_OK;
 }
 
 /* ---- The rows of kernels.def -------------------------------------------------------------------- */

@@ -3,7 +3,7 @@
  * Three families compute the same thing, one file each side of a bar being forward and backward:
  *
  *   hopper    attention_sm90_fwd.cu | attention_sm90_bwd.cu   wgmma and TMA; bf16, D = 64, 128, sm_90
- *   portable  attention_portable.cu (both)                    mma.sync; bf16, D = 64, 128, sm_80 and later
+ *   portable  attention_portable.cu  | attention_portable_bwd.cu  mma.sync; bf16, D = 64, 128, sm_80 and later
  *   general   attention_general.cu (both)                     any real type, D <= 256, any block
  *
  * attention.cu picks the first that fits; HALO_ATTENTION=hopper|portable|general in the environment
@@ -65,12 +65,5 @@ typedef enum halo__attention_path {
  * strides, the device and the environment only. */
 halo_status halo__attention_choose(halo__attention_path *out, const halo_attention_queries *a,
                                    bool is_backward);
-
-/* Order of dq within one block of one head in this backward pass. */
-typedef enum halo__attention_order {
-  HALO__DQ_ROWS, /* [block, D], as for all but the hopper kernel */
-  HALO__DQ_SM90  /* the order of attention_sm90_bwd.cu */
-} halo__attention_order;
-halo_status halo__attention_dq_order(halo__attention_order *out, const halo_attention_queries *a);
 
 #endif

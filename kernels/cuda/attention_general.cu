@@ -45,12 +45,14 @@ struct side {
   void *o, *m, *l;
   const void *lse, *delta;
   void *dq;
+  bool is_narrow; /* bf16 in memory: one kernel serves it and fp32 */
 };
 
 side side_of(const halo_attention_queries *a) {
   side s = {a->n_batch, a->n_heads, a->n_kv_heads, a->head_size, a->block, a->block * a->n_blocks,
             a->n_blocks, a->scale, a->q, a->grad, {}, {}, a->position, a->first, a->pattern_of,
-            a->first_stride, a->o, a->m, a->l, a->lse, a->delta, a->dq};
+            a->first_stride, a->o, a->m, a->l, a->lse, a->delta, a->dq,
+            a->dtype == HALO_BF16};
   for (int i = 0; i < 3; i++) {
     s.q_stride[i] = a->q_stride[i];
     s.grad_stride[i] = a->grad_stride[i];
@@ -85,9 +87,8 @@ keys keys_of(const halo_attention_columns *c, const halo__rows *rows) {
 /* Sizes of one kind of CTA: ROWS rows with LANES threads each meet KEYS others at a time, head sizes up
  * to DP. A vector is 16 bytes of arithmetic type; rows are a vector longer than DP, so that the rows
  * that neighbouring threads read lie in different banks. */
-template <class T_, int DP_, int ROWS_, int LANES_, int KEYS_> struct shape {
-  using T = T_;
-  using A = acc_of<T>;
+template <class A_, int DP_, int ROWS_, int LANES_, int KEYS_> struct shape {
+  using A = A_;
   static constexpr int DP = DP_, ROWS = ROWS_, LANES = LANES_, KEYS = KEYS_;
   static constexpr int THREADS = ROWS * LANES;
   static constexpr int N = 16 / (int)sizeof(A), LD = DP + N;
@@ -98,12 +99,16 @@ template <class T_, int DP_, int ROWS_, int LANES_, int KEYS_> struct shape {
 
 /* to [n of ROWS][LD] = rows at from + at(i), zeros past n and past D. */
 template <class S, int ROWS, class At>
-__device__ __forceinline__ void fetch(typename S::A *to, const void *from, int n, int64_t D, At at) {
-  using T = typename S::T;
+__device__ __forceinline__ void fetch(typename S::A *to, const void *from, bool is_narrow, int n, int64_t D,
+                                      At at) {
+  using A = typename S::A;
   for (int i = threadIdx.x; i < ROWS * S::DP; i += S::THREADS) {
     const int r = i / S::DP, d = i % S::DP;
-    typename S::A x = 0;
-    if (r < n && d < D) x = load(((const T *)from)[at(r) + d]);
+    A x = 0;
+    if (r < n && d < D) {
+      const int64_t i_from = at(r) + d;
+      x = is_narrow ? (A)load(((const __nv_bfloat16 *)from)[i_from]) : ((const A *)from)[i_from];
+    }
     to[r * S::LD + d] = x;
   }
 }
@@ -281,7 +286,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) forward(side a,
   const int64_t row = t.row + r;
   const int32_t last = exists ? a.position[t.token + r] : -1;
   const int32_t first = exists ? a.first[t.batch * a.first_stride + t.token + r] : INT32_MAX;
-  fetch<S, S::ROWS>(q, a.q, t.n, a.D, [&](int i) {
+  fetch<S, S::ROWS>(q, a.q, a.is_narrow, t.n, a.D, [&](int i) {
     return t.batch * a.q_stride[0] + (t.token + i) * a.q_stride[1] + t.head * a.q_stride[2];
   });
   A m = exists ? ((A *)a.m)[row] : -(A)INFINITY, l = exists ? ((A *)a.l)[row] : 0;
@@ -301,8 +306,8 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) forward(side a,
     const int n = collect<S::KEYS>(&w, at, position, x, a, t.u, unit);
     if (n == 0) break;
     __syncthreads();
-    fetch<S, S::KEYS>(k, x.k, n, a.D, [&](int i) { return at[i]; });
-    fetch<S, S::KEYS>(v, x.v, n, a.D, [&](int i) { return at[i]; });
+    fetch<S, S::KEYS>(k, x.k, a.is_narrow, n, a.D, [&](int i) { return at[i]; });
+    fetch<S, S::KEYS>(v, x.v, a.is_narrow, n, a.D, [&](int i) { return at[i]; });
     __syncthreads();
     A s[S::SCORES];
     scores<S>(s, q + r * S::LD, k, lane);
@@ -353,10 +358,10 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) backward_q(side
   const int32_t first = exists ? a.first[t.batch * a.first_stride + t.token + r] : INT32_MAX;
   const A lse = exists ? base2(((const A *)a.lse)[row]) : (A)INFINITY;
   const A delta = exists ? ((const A *)a.delta)[row] : 0;
-  fetch<S, S::ROWS>(q, a.q, t.n, a.D, [&](int i) {
+  fetch<S, S::ROWS>(q, a.q, a.is_narrow, t.n, a.D, [&](int i) {
     return t.batch * a.q_stride[0] + (t.token + i) * a.q_stride[1] + t.head * a.q_stride[2];
   });
-  fetch<S, S::ROWS>(grad, a.grad, t.n, a.D, [&](int i) {
+  fetch<S, S::ROWS>(grad, a.grad, a.is_narrow, t.n, a.D, [&](int i) {
     return t.batch * a.grad_stride[0] + (t.token + i) * a.grad_stride[1] + t.head * a.grad_stride[2];
   });
   typename S::vec dq[S::VECTORS];
@@ -368,8 +373,8 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) backward_q(side
     const int n = collect<S::KEYS>(&w, at, position, x, a, t.u, unit);
     if (n == 0) break;
     __syncthreads();
-    fetch<S, S::KEYS>(k, x.k, n, a.D, [&](int i) { return at[i]; });
-    fetch<S, S::KEYS>(v, x.v, n, a.D, [&](int i) { return at[i]; });
+    fetch<S, S::KEYS>(k, x.k, a.is_narrow, n, a.D, [&](int i) { return at[i]; });
+    fetch<S, S::KEYS>(v, x.v, a.is_narrow, n, a.D, [&](int i) { return at[i]; });
     __syncthreads();
     A s[S::SCORES], dp[S::SCORES];
     scores<S>(s, q + r * S::LD, k, lane);
@@ -465,8 +470,8 @@ __global__ void __launch_bounds__(S::THREADS) backward_k(side a, keys x, int64_t
        begin += per_group * S::ROWS) {
     const int n = (int)(c.end - begin < S::ROWS ? c.end - begin : S::ROWS);
     __syncthreads();
-    fetch<S, S::ROWS>(k, x.k, n, a.D, [&](int i) { return (begin + i) * a.D; });
-    fetch<S, S::ROWS>(v, x.v, n, a.D, [&](int i) { return (begin + i) * a.D; });
+    fetch<S, S::ROWS>(k, x.k, a.is_narrow, n, a.D, [&](int i) { return (begin + i) * a.D; });
+    fetch<S, S::ROWS>(v, x.v, a.is_narrow, n, a.D, [&](int i) { return (begin + i) * a.D; });
     typename S::vec dk[S::VECTORS], dv[S::VECTORS];
     clear<S>(dk);
     clear<S>(dv);
@@ -508,10 +513,10 @@ __global__ void __launch_bounds__(S::THREADS) backward_k(side a, keys x, int64_t
         for (int64_t from = 0; from < a.G; from += S::KEYS) {
           const int64_t token = block * a.G + from;
           const int rows = (int)(a.G - from < S::KEYS ? a.G - from : S::KEYS);
-          fetch<S, S::KEYS>(q, a.q, rows, a.D, [&](int i) {
+          fetch<S, S::KEYS>(q, a.q, a.is_narrow, rows, a.D, [&](int i) {
             return batch * a.q_stride[0] + (token + i) * a.q_stride[1] + head * a.q_stride[2];
           });
-          fetch<S, S::KEYS>(grad, a.grad, rows, a.D, [&](int i) {
+          fetch<S, S::KEYS>(grad, a.grad, a.is_narrow, rows, a.D, [&](int i) {
             return batch * a.grad_stride[0] + (token + i) * a.grad_stride[1] + head * a.grad_stride[2];
           });
           for (int i = threadIdx.x; i < S::KEYS; i += S::THREADS) {
@@ -564,6 +569,7 @@ struct cache {
   int64_t row_chunks; /* of ROWS */
   int64_t splits, per_split; /* keys are shared by `splits` CTAs, per_split each */
   void *parts;        /* [splits][B * Hk * rows][D + 2]: o, m, l */
+  bool is_narrow;
 };
 
 /* CTA: (ROWS rows of one batch and key/value head, one part of the keys). row = query * group + head. */
@@ -577,7 +583,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) cached(cache a)
   const int n_rows = (int)(a.rows - row0 < S::ROWS ? a.rows - row0 : S::ROWS);
   const int r = threadIdx.x / S::LANES, lane = threadIdx.x % S::LANES;
   const int64_t last = r < n_rows ? a.query_position[(row0 + r) / group] : -1;
-  fetch<S, S::ROWS>(q, a.q, n_rows, a.D, [&](int i) {
+  fetch<S, S::ROWS>(q, a.q, a.is_narrow, n_rows, a.D, [&](int i) {
     const int64_t query = (row0 + i) / group, head = hk * group + (row0 + i) % group;
     return ((batch * a.n_queries + query) * a.H + head) * a.D;
   });
@@ -590,8 +596,8 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) cached(cache a)
     const int n = (int)(end - from < S::KEYS ? end - from : S::KEYS);
     const auto at = [&](int i) { return ((batch * a.capacity + from + i) * a.Hk + hk) * a.D; };
     __syncthreads();
-    fetch<S, S::KEYS>(k, a.k, n, a.D, at);
-    fetch<S, S::KEYS>(v, a.v, n, a.D, at);
+    fetch<S, S::KEYS>(k, a.k, a.is_narrow, n, a.D, at);
+    fetch<S, S::KEYS>(v, a.v, a.is_narrow, n, a.D, at);
     __syncthreads();
     A s[S::SCORES];
     scores<S>(s, q + r * S::LD, k, lane);
@@ -668,12 +674,17 @@ halo_status launch(const char *name, Kernel kernel, int64_t blocks, int threads,
 }
 
 /* `statement` with S a shape whose rows hold head size D: 32 rows of 4 threads, for fp64 16. */
-#define FOR_SHAPE(T, D, ...)                                                              \
+#define FOR_DIM(A, D, ...)                                                                \
   do {                                                                                    \
-    constexpr int R = sizeof(T) == 8 ? 16 : 32;                                           \
-    if ((D) <= 64) { using S = shape<T, 64, R, 4, R>; __VA_ARGS__; }                      \
-    else if ((D) <= 128) { using S = shape<T, 128, R, 4, R>; __VA_ARGS__; }               \
-    else { using S = shape<T, 256, R, 4, R>; __VA_ARGS__; }                               \
+    constexpr int R = sizeof(A) == 8 ? 16 : 32;                                           \
+    if ((D) <= 64) { using S = shape<A, 64, R, 4, R>; __VA_ARGS__; }                      \
+    else if ((D) <= 128) { using S = shape<A, 128, R, 4, R>; __VA_ARGS__; }               \
+    else { using S = shape<A, 256, R, 4, R>; __VA_ARGS__; }                               \
+  } while (0)
+#define FOR_SHAPE(dtype, D, ...)                                                          \
+  do {                                                                                    \
+    if ((dtype) == HALO_F64) { FOR_DIM(double, D, __VA_ARGS__); }                         \
+    else { FOR_DIM(float, D, __VA_ARGS__); }                                              \
   } while (0)
 
 template <class S> int64_t query_tasks(const side &a) {
@@ -682,26 +693,22 @@ template <class S> int64_t query_tasks(const side &a) {
 
 halo_status run_forward(const halo_attention_queries *a, const keys &x, int64_t unit) {
   const side s = side_of(a);
-  HALO_REAL(a->dtype, T, FOR_SHAPE(T, s.D,
+  FOR_SHAPE(a->dtype, s.D,
     HALO_TRY(launch("attention_general forward", forward<S>, query_tasks<S>(s), S::THREADS,
-                    shared_bytes<S>(1, 2), s, x, unit))));
+                    shared_bytes<S>(1, 2), s, x, unit)));
   return HALO_OK;
 }
 
 halo_status run_backward(const halo_attention_queries *a, const keys &by_query, const keys &by_key,
                          int64_t unit) {
   const side s = side_of(a);
-  halo__attention_order order;
-  HALO_TRY(halo__attention_dq_order(&order, a));
-  HALO_CHECK(order == HALO__DQ_ROWS, HALO_EUNSUPPORTED,
-             "attention: the general kernels cannot add to dq beside the hopper kernel");
   const int64_t rows = by_key.slot != nullptr ? by_key.n_entries : s.T;
-  HALO_REAL(a->dtype, T, FOR_SHAPE(T, s.D,
+  FOR_SHAPE(a->dtype, s.D,
     HALO_TRY(launch("attention_general backward dq", backward_q<S>, query_tasks<S>(s), S::THREADS,
                     shared_bytes<S>(2, 2), s, by_query, unit));
     const int64_t per_group = (rows + S::ROWS - 1) / S::ROWS;
     HALO_TRY(launch("attention_general backward dk dv", backward_k<S>, s.B * s.Hk * per_group,
-                    S::THREADS, shared_bytes<S>(2, 2), s, by_key, per_group))));
+                    S::THREADS, shared_bytes<S>(2, 2), s, by_key, per_group)));
   return HALO_OK;
 }
 
@@ -719,22 +726,21 @@ halo_status run_cached(cache *a, void *out, void *lse) {
   halo_status status = launch("attention_cached", cached<S>, groups * a->splits, S::THREADS,
                               shared_bytes<S>(1, 2), *a);
   if (status == HALO_OK) {
-    status = launch("attention_cached finish", cached_finish<typename S::T>, (all + 3) / 4, 128, 0, *a,
-                    out, lse);
+    status = launch("attention_cached finish",
+                    a->is_narrow ? cached_finish<__nv_bfloat16> : cached_finish<typename S::A>,
+                    (all + 3) / 4, 128, 0, *a, out, lse);
   }
   halo__free(a->parts);
   return status;
 }
 
 /* Few rows (one new token): 16 threads each, 64 keys at a time; many rows: as in forward. */
-template <class T> halo_status dispatch_cached(cache *a, void *out, void *lse) {
-  constexpr int KEYS = sizeof(T) == 8 ? 32 : 64;
-  if (a->n_queries * (a->H / a->Hk) > 8) {
-    FOR_SHAPE(T, a->D, return (run_cached<S>(a, out, lse)));
-  }
-  if (a->D <= 64) return run_cached<shape<T, 64, 8, 16, KEYS>>(a, out, lse);
-  if (a->D <= 128) return run_cached<shape<T, 128, 8, 16, KEYS>>(a, out, lse);
-  return run_cached<shape<T, 256, 8, 16, 32>>(a, out, lse);
+template <class A> halo_status dispatch_cached(cache *a, void *out, void *lse) {
+  constexpr int KEYS = sizeof(A) == 8 ? 32 : 64;
+  if (a->n_queries * (a->H / a->Hk) > 8) FOR_DIM(A, a->D, return run_cached<S>(a, out, lse));
+  if (a->D <= 64) return run_cached<shape<A, 64, 8, 16, KEYS>>(a, out, lse);
+  if (a->D <= 128) return run_cached<shape<A, 128, 8, 16, KEYS>>(a, out, lse);
+  return run_cached<shape<A, 256, 8, 16, 32>>(a, out, lse);
 }
 
 } // namespace
@@ -769,7 +775,6 @@ halo_status halo_cuda_attention_cached(halo_dtype t, void *out, void *lse, const
              (long long)head_size);
   if (n_batch * n_queries * n_heads == 0) return HALO_OK;
   cache a = {q, k, v, key_position, query_position, n_batch, n_queries, n_heads, n_kv_heads, head_size,
-             length, capacity, scale, 0, 0, 0, 0, nullptr};
-  HALO_REAL(t, T, return dispatch_cached<T>(&a, out, lse));
-  return HALO_OK;
+             length, capacity, scale, 0, 0, 0, 0, nullptr, t == HALO_BF16};
+  return t == HALO_F64 ? dispatch_cached<double>(&a, out, lse) : dispatch_cached<float>(&a, out, lse);
 }

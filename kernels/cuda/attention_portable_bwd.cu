@@ -1,0 +1,623 @@
+/* attention_portable_bwd: attention backward on tensor cores by warp; see attention_portable.cu for what it
+ * serves and how tiles lie in shared memory.
+ *
+ *   p = 2^(scale log2(e) q.k - lse log2(e))   dv += p^T do   dp = do v^T   ds = p (dp - delta)
+ *   dk += scale ds^T q                        dq += scale ds k
+ *
+ * by key    a CTA of eight warps owns 128 keys of one key/value head (one block, or a pair of 64 whose lists
+ *           it walks together) and meets 64 queries at a time, head after head of its group: dk and dv stay
+ *           in registers and nobody else adds to them. p and ds go through shared memory as bf16, since
+ *           the products want them in other shapes: scores and dp are 32 x 32 a warp, dk and dv
+ *           32 x D/2, dq 32 x D/4. dq is added to in memory, 16 bytes at a time on sm_90.
+ *           Few keys leave multiprocessors idle: then the heads of a group are dealt to several CTAs,
+ *           which add to zeroed dk, dv.
+ * by query  a CTA of four warps owns 64 queries of one head and meets 64 keys at a time; p and ds stay in
+ *           registers as operands of the next product. Two uses: dq alone, when sums must repeat
+ *           (deterministic: 7 products instead of 5), and columns, whose gathered keys are listed by
+ *           query: dk and dv of 64 columns are added to their entries in memory.
+ * work      10 D flops a pair. By key and 64 x 128 pairs, D = 128: 608 KB of shared memory traffic, 4750
+ *           cycles at 128 B; products some 4100 (mma.sync): traffic is the bound
+ * source    FlashAttention-2 (arXiv 2307.08691) algorithm 2
+ * twin      kernels/cpu/attention_tiles.c, attention_columns.c
+ */
+#include "attention_portable.cuh"
+
+using namespace halo;
+using namespace halo::portable;
+using namespace halo::mma;
+
+namespace {
+
+typedef __nv_bfloat16 bf16;
+
+struct keys {
+  const bf16 *k, *v;
+  const int32_t *position;
+  const int64_t *offset; /* by_key, or by_query */
+  const halo__span *run;
+  float *dk, *dv;
+  int32_t parts; /* of the heads of a group; more than one: dk, dv are added to */
+  /* columns */
+  const int64_t *token_offset, *slot_offset;
+  const int32_t *token, *slot;
+};
+
+__device__ __forceinline__ void add2(float *to, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+#else
+  atomicAdd(to, x);
+  atomicAdd(to + 1, y);
+#endif
+}
+
+/* Fragment d of columns c and on: its two rows are added to `low` and `high`. On sm_90 neighbouring lanes
+ * swap halves, so that each has four elements of one row. NULL rows are left out. */
+__device__ __forceinline__ void add_fragment(float *low, float *high, const float (&d)[4], float scale) {
+  const int pair = threadIdx.x % 4;
+#if __CUDA_ARCH__ >= 900
+  const bool odd = pair & 1;
+  const float give0 = odd ? d[0] : d[2], give1 = odd ? d[1] : d[3];
+  const float got0 = __shfl_xor_sync(0xffffffffu, give0, 1), got1 = __shfl_xor_sync(0xffffffffu, give1, 1);
+  float *to = odd ? high : low;
+  if (to == nullptr) return;
+  const float x0 = odd ? got0 : d[0], x1 = odd ? got1 : d[1], x2 = odd ? d[2] : got0, x3 = odd ? d[3] : got1;
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + pair / 2 * 4), "f"(x0 * scale),
+               "f"(x1 * scale), "f"(x2 * scale), "f"(x3 * scale)
+               : "memory");
+#else
+  if (low != nullptr) add2(low + pair * 2, d[0] * scale, d[1] * scale);
+  if (high != nullptr) add2(high + pair * 2, d[2] * scale, d[3] * scale);
+#endif
+}
+
+template <int M, int N> __device__ __forceinline__ void clear(float (&d)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) d[m][n][e] = 0;
+    }
+  }
+}
+
+/* d [16 M, 8 N] += rows of x (from m0) times rows of y (from n0), over D columns. */
+template <int D, int M, int N>
+__device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], uint32_t x, int m0, uint32_t y, int n0) {
+#pragma unroll
+  for (int k = 0; k < D; k += 16) {
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++) rows_a<D>(a[m], x, m0 + 16 * m, k);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t b[4];
+      rows_b<D>(b, y, n0 + 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        multiply(d[m][n], a[m], b[0], b[1]);
+        multiply(d[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+/* d += columns of x (a tile of C columns, from m0) times columns of y (from n0), over `rows` rows. */
+template <int C, int D, int ROWS, int M, int N>
+__device__ __forceinline__ void multiply_columns(float (&d)[M][N][4], uint32_t x, int m0, uint32_t y, int n0) {
+#pragma unroll
+  for (int k = 0; k < ROWS; k += 16) {
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++) columns_a<C>(a[m], x, k, m0 + 16 * m);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t b[4];
+      columns_b<D>(b, y, k, n0 + 8 * n);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        multiply(d[m][n], a[m], b[0], b[1]);
+        multiply(d[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+/* lse in base 2; a row that saw nothing gets +inf: its p is 0 and not NaN. */
+__device__ __forceinline__ float base2(float lse) { return lse > -INFINITY ? lse * LOG2_E : INFINITY; }
+
+/* Two elements of a fragment to a tile of C bf16 columns. */
+template <int C> __device__ __forceinline__ void put2(uint32_t tile, int row, int column, float x, float y) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile_at<C>(tile, row, column / 8) + column % 8 * 2),
+               "r"(pack2(x, y))
+               : "memory");
+}
+
+/* ---- By key ------------------------------------------------------------------------------------- */
+
+enum { WARPS = 8, THREADS = 32 * WARPS, KEYS = 128, QUERIES = 64 };
+
+/* 64 queries that meet the CTA's keys. */
+struct item {
+  int32_t u;     /* batch * H + head; -1: no more */
+  int64_t token; /* first */
+  bool sees[2], is_partial[2]; /* the blocks of the CTA's keys */
+};
+
+/* The query tiles of the heads of one group, one after the other. */
+template <int G> struct query_walk {
+  walk w[KEYS / G];
+  int32_t u, end, part, key_block;
+
+  __device__ __forceinline__ void open(const side &a, const keys &x) {
+    const int64_t list = (int64_t)a.pattern_of[u] * a.n_blocks + key_block;
+#pragma unroll
+    for (int i = 0; i < KEYS / G; i++) {
+      w[i] = walk_of(x.offset, x.run, key_block + i < a.n_blocks ? list + i : -1);
+    }
+    part = 0;
+  }
+
+  __device__ __forceinline__ item next(const side &a, const keys &x) {
+    item it = {};
+    int32_t at;
+    for (;;) {
+      at = min(w[0].at, w[KEYS / G - 1].at);
+      if (at != INT32_MAX) break;
+      if (++u >= end) {
+        it.u = -1;
+        return it;
+      }
+      open(a, x);
+    }
+    it.u = u;
+    it.token = (int64_t)at * G + part * QUERIES;
+#pragma unroll
+    for (int i = 0; i < KEYS / G; i++) {
+      it.sees[i] = w[i].at == at;
+      it.is_partial[i] = it.sees[i] && w[i].partial;
+    }
+    if (G == QUERIES || ++part == G / QUERIES) {
+      part = 0;
+#pragma unroll
+      for (int i = 0; i < KEYS / G; i++) {
+        if (w[i].at == at) walk_on(&w[i]);
+      }
+    }
+    return it;
+  }
+};
+
+template <int D> constexpr int key_shared() {
+  return (2 * KEYS + 4 * QUERIES) * D * 2 + 2 * QUERIES * KEYS * 2 + 4 * QUERIES * 4;
+}
+
+/* Queries, gradients, lse and delta of an item to a stage. */
+template <int D>
+__device__ __forceinline__ void fetch_item(uint32_t q, uint32_t grad, uint32_t rows, const side &a,
+                                           const item &it) {
+  const int64_t batch = it.u / a.H, head = it.u % a.H;
+  const bf16 *from = a.q + batch * a.q_stride[0] + it.token * a.q_stride[1] + head * a.q_stride[2];
+  const bf16 *from_grad =
+      a.grad + batch * a.grad_stride[0] + it.token * a.grad_stride[1] + head * a.grad_stride[2];
+#pragma unroll
+  for (int i = 0; i < QUERIES * (D / 8) / THREADS; i++) {
+    const int at = i * THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
+    copy16(tile_at<D>(q, r, c), from + r * a.q_stride[1] + 8 * c);
+    copy16(tile_at<D>(grad, r, c), from_grad + r * a.grad_stride[1] + 8 * c);
+  }
+  const int64_t row = it.u * a.T + it.token;
+  if (threadIdx.x < 16) copy16(rows + threadIdx.x * 16, a.lse + row + threadIdx.x * 4);
+  else if (threadIdx.x < 32) copy16(rows + threadIdx.x * 16, a.delta + row + (threadIdx.x - 16) * 4);
+}
+
+template <int D, int G, bool HAS_DQ>
+__global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
+  constexpr int TILE = QUERIES * D * 2;
+  extern __shared__ __align__(128) unsigned char memory[];
+  const uint32_t k = shared_address(memory), v = k + KEYS * D * 2, stage0 = v + KEYS * D * 2;
+  const uint32_t p = stage0 + 4 * TILE, ds = p + QUERIES * KEYS * 2;
+  float *rows = (float *)(memory + 2 * KEYS * D * 2 + 4 * TILE + 2 * QUERIES * KEYS * 2);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int groups = a.B * a.Hk, group = a.H / a.Hk;
+  const int part = (int)blockIdx.x % x.parts, kv = (int)blockIdx.x / x.parts % groups;
+  const int64_t key0 = (int64_t)((int)blockIdx.x / x.parts / groups) * KEYS; // early keys have most queries
+  const int n_keys = (int)(a.T - key0 < KEYS ? a.T - key0 : KEYS);
+
+  query_walk<G> walks;
+  walks.key_block = (int32_t)(key0 / G);
+  walks.u = kv / a.Hk * a.H + kv % a.Hk * group;
+  walks.end = walks.u + group * (part + 1) / x.parts;
+  walks.u += group * part / x.parts;
+  walks.open(a, x);
+  item now = walks.next(a, x);
+  if (now.u >= 0) {
+    const int64_t from = ((int64_t)kv * a.T + key0) * D;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
+      const int r = i / (D / 8), c = i % (D / 8);
+      const int64_t at = r < n_keys ? from + (int64_t)r * D + 8 * c : 0;
+      copy16(tile_at<D>(k, r, c), x.k + at, r < n_keys);
+      copy16(tile_at<D>(v, r, c), x.v + at, r < n_keys);
+    }
+    fetch_item<D>(stage0, stage0 + TILE, shared_address(rows), a, now);
+  }
+  copies_commit();
+
+  float dk[2][D / 16][4], dv[2][D / 16][4];
+  clear(dk);
+  clear(dv);
+  const float c = a.scale * LOG2_E;
+  const int row0 = warp % 2 * 32, col0 = warp / 2 * 32; // of scores
+  const int own = col0 / G;                             // block of these keys
+  for (int stage = 0; now.u >= 0; stage ^= 1) {
+    const item next = walks.next(a, x);
+    copies_wait<0>();
+    __syncthreads();
+    const uint32_t q = stage0 + stage * 2 * TILE, grad = q + TILE;
+    const float *lse = rows + stage * 2 * QUERIES, *delta = lse + QUERIES;
+    if (next.u >= 0) {
+      fetch_item<D>(stage0 + (stage ^ 1) * 2 * TILE, stage0 + (stage ^ 1) * 2 * TILE + TILE,
+                    shared_address(rows) + (stage ^ 1) * 2 * QUERIES * 4, a, next);
+    }
+    copies_commit();
+
+    const bool sees = own == 0 ? now.sees[0] : now.sees[1];
+    const bool is_partial = own == 0 ? now.is_partial[0] : now.is_partial[1];
+    float s[2][4][4], t[2][4][4];
+    clear(s);
+    clear(t);
+    if (sees) {
+      multiply_rows<D>(s, q, row0, k, col0);
+      const int32_t position = is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
+        const float from = base2(lse[row]);
+        int32_t first = 0, last = INT32_MAX;
+        if (is_partial) {
+          first = a.first[now.u / a.H * a.first_stride + now.token + row] - position;
+          last = a.position[now.token + row] - position;
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            float &y = s[i / 2][n][i % 2 * 2 + e];
+            y = exp2_fast(fmaf(y, c, -from));
+            if (is_partial && !(first <= 8 * n + e && 8 * n + e <= last)) y = 0;
+          }
+          put2<KEYS>(p, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]);
+        }
+      }
+      multiply_rows<D>(t, grad, row0, v, col0);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          put2<KEYS>(p, row0 + i / 2 * 16 + i % 2 * 8 + lane / 4, col0 + 8 * n + lane % 4 * 2, 0, 0);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
+      const float d = delta[row];
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const int e = i % 2 * 2;
+        put2<KEYS>(ds, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][e] * (t[i / 2][n][e] - d),
+                   s[i / 2][n][e + 1] * (t[i / 2][n][e + 1] - d));
+      }
+    }
+    __syncthreads();
+    multiply_columns<KEYS, D, QUERIES>(dv, p, warp / 2 * 32, grad, warp % 2 * (D / 2));
+    if (HAS_DQ) {
+      float dq[2][D / 32][4];
+      clear(dq);
+      const int column = warp / 2 * (D / 4);
+#pragma unroll
+      for (int key = 0; key < KEYS; key += 16) {
+        uint32_t b[2][4];
+        rows_a<KEYS>(b[0], ds, row0, key);
+        rows_a<KEYS>(b[1], ds, row0 + 16, key);
+#pragma unroll
+        for (int n = 0; n < D / 32; n += 2) {
+          uint32_t y[4];
+          columns_b<D>(y, k, key, column + 8 * n);
+#pragma unroll
+          for (int m = 0; m < 2; m++) {
+            multiply(dq[m][n], b[m], y[0], y[1]);
+            multiply(dq[m][n + 1], b[m], y[2], y[3]);
+          }
+        }
+      }
+      float *to = a.dq + (now.u * a.T + now.token + row0 + lane / 4) * D + column;
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < D / 32; n++) {
+          add_fragment(to + 16 * m * D + 8 * n, to + (16 * m + 8) * D + 8 * n, dq[m][n], a.scale);
+        }
+      }
+    }
+    multiply_columns<KEYS, D, QUERIES>(dk, ds, warp / 2 * 32, q, warp % 2 * (D / 2));
+    now = next;
+  }
+
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int key = warp / 2 * 32 + 16 * m + 8 * h + lane / 4;
+      if (key >= n_keys) continue;
+      const int64_t to = ((int64_t)kv * a.T + key0 + key) * D + warp % 2 * (D / 2) + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < D / 16; n++) {
+        const float2 y = make_float2(dk[m][n][2 * h] * a.scale, dk[m][n][2 * h + 1] * a.scale);
+        const float2 z = make_float2(dv[m][n][2 * h], dv[m][n][2 * h + 1]);
+        if (x.parts == 1) {
+          *(float2 *)(x.dk + to + 8 * n) = y;
+          *(float2 *)(x.dv + to + 8 * n) = z;
+        } else {
+          add2(x.dk + to + 8 * n, y.x, y.y);
+          add2(x.dv + to + 8 * n, z.x, z.y);
+        }
+      }
+    }
+  }
+}
+
+/* ---- By query ----------------------------------------------------------------------------------- */
+
+enum { Q_WARPS = 4, Q_THREADS = 32 * Q_WARPS, TOGETHER = 64 };
+
+/* The keys of one block's list, 64 at a time: rows of k, v (and their gradients) and positions. A run of
+ * tiles is a run of keys, too; `unit` keys an item. */
+struct key_walk {
+  const halo__span *run, *end;
+  int64_t at, left;
+
+  __device__ __forceinline__ int next(const keys &x, int64_t slots, int64_t tokens, int64_t kv_row, int unit,
+                                      int64_t *rows, int32_t *positions, bool *is_partial) {
+    int n = 0;
+    bool any = false;
+    while (n < TOGETHER && (left > 0 || run != end)) {
+      if (left == 0) {
+        at = (int64_t)run->first * unit;
+        left = (int64_t)run->count * unit;
+        run++;
+      }
+      any = any || run[-1].partial;
+      const int take = (int)(left < TOGETHER - n ? left : TOGETHER - n);
+      if ((int)threadIdx.x >= n && (int)threadIdx.x < n + take) {
+        const int64_t key = at + threadIdx.x - n;
+        rows[threadIdx.x] = x.slot != nullptr ? x.slot[slots + key] : kv_row + key;
+        positions[threadIdx.x] = x.slot != nullptr ? x.token[tokens + key] : x.position[key];
+      }
+      n += take;
+      at += take;
+      left -= take;
+    }
+    *is_partial = any;
+    return n;
+  }
+};
+
+template <int D>
+__device__ __forceinline__ void fetch_keys(uint32_t k, uint32_t v, const keys &x, const int64_t *rows, int n) {
+#pragma unroll
+  for (int i = 0; i < TOGETHER * (D / 8) / Q_THREADS; i++) {
+    const int at = i * Q_THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
+    const int64_t key = r < n ? rows[r] : 0;
+    copy16(tile_at<D>(k, r, c), x.k + key * D + 8 * c, r < n);
+    copy16(tile_at<D>(v, r, c), x.v + key * D + 8 * c, r < n);
+  }
+}
+
+template <int D> constexpr int query_shared() {
+  return (2 * QUERIES + 4 * TOGETHER) * D * 2 + QUERIES * TOGETHER * 2;
+}
+
+/* dx rows [entry,D] += factor (x^T y) for the columns at hand: 16 keys a warp. */
+template <int D>
+__device__ __forceinline__ void scatter(float *dx, const int64_t *rows, int n, uint32_t x, uint32_t y,
+                                        float factor) {
+  const int key0 = threadIdx.x / 32 * 16, key = key0 + threadIdx.x % 32 / 4;
+  float *low = key < n ? dx + rows[key] * D : nullptr, *high = key + 8 < n ? dx + rows[key + 8] * D : nullptr;
+#pragma unroll
+  for (int part = 0; part < D; part += 64) {
+    float d[1][8][4];
+    clear(d);
+    multiply_columns<TOGETHER, D, QUERIES>(d, x, key0, y, part);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      add_fragment(low != nullptr ? low + part + 8 * i : nullptr,
+                   high != nullptr ? high + part + 8 * i : nullptr, d[0][i], factor);
+    }
+  }
+}
+
+template <int D, bool HAS_COLUMNS>
+__global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, int32_t G) {
+  constexpr int TILE = TOGETHER * D * 2;
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ int64_t rows[3][TOGETHER];
+  __shared__ int32_t positions[3][TOGETHER];
+  const uint32_t q = shared_address(memory), grad = q + QUERIES * D * 2, stage0 = grad + QUERIES * D * 2;
+  const uint32_t ds = stage0 + 4 * TILE;
+  const int units = a.B * a.H, lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16;
+  const int64_t token = (a.T / QUERIES - 1 - (int)blockIdx.x / units) * QUERIES;
+  const int u = (int)blockIdx.x % units, batch = u / a.H, head = u % a.H;
+  const int64_t pattern = a.pattern_of[u], list = pattern * a.n_blocks + token / G;
+  key_walk w = {x.run + x.offset[list], x.run + x.offset[list + 1], 0, 0};
+  if (w.run == w.end) return;
+  const int64_t slots = HAS_COLUMNS ? x.slot_offset[u] : 0, tokens = HAS_COLUMNS ? x.token_offset[pattern] : 0;
+  const int64_t kv_row = (int64_t)(batch * a.Hk + head / (a.H / a.Hk)) * a.T;
+  const int unit = HAS_COLUMNS ? 1 : G;
+  bool is_partial, next_partial, then_partial;
+  int n = w.next(x, slots, tokens, kv_row, unit, rows[0], positions[0], &is_partial);
+  int next = w.next(x, slots, tokens, kv_row, unit, rows[1], positions[1], &next_partial);
+  __syncthreads();
+  const bf16 *from = a.q + batch * a.q_stride[0] + token * a.q_stride[1] + head * a.q_stride[2];
+  const bf16 *from_grad =
+      a.grad + batch * a.grad_stride[0] + token * a.grad_stride[1] + head * a.grad_stride[2];
+#pragma unroll
+  for (int i = 0; i < QUERIES * (D / 8) / Q_THREADS; i++) {
+    const int at = i * Q_THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
+    copy16(tile_at<D>(q, r, c), from + r * a.q_stride[1] + 8 * c);
+    copy16(tile_at<D>(grad, r, c), from_grad + r * a.grad_stride[1] + 8 * c);
+  }
+  fetch_keys<D>(stage0, stage0 + TILE, x, rows[0], n);
+  copies_commit();
+  float lse[2], delta[2];
+  int32_t first[2], last[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int64_t row = token + row0 + 8 * h + lane / 4;
+    lse[h] = base2(a.lse[u * a.T + row]);
+    delta[h] = a.delta[u * a.T + row];
+    first[h] = a.first[batch * a.first_stride + row];
+    last[h] = a.position[row];
+  }
+  float dq[1][D / 8][4];
+  clear(dq);
+  const float c = a.scale * LOG2_E;
+  for (int stage = 0, slot = 0; n > 0; stage ^= 1, slot = slot == 2 ? 0 : slot + 1) {
+    copies_wait<0>();
+    __syncthreads();
+    const int next_slot = slot == 2 ? 0 : slot + 1, then_slot = next_slot == 2 ? 0 : next_slot + 1;
+    if (next > 0) {
+      const uint32_t to = stage0 + (stage ^ 1) * 2 * TILE;
+      fetch_keys<D>(to, to + TILE, x, rows[next_slot], next);
+    }
+    copies_commit();
+    const int then = w.next(x, slots, tokens, kv_row, unit, rows[then_slot], positions[then_slot], &then_partial);
+    const uint32_t k = stage0 + stage * 2 * TILE, v = k + TILE;
+    float s[1][8][4], t[1][8][4];
+    clear(s);
+    clear(t);
+    multiply_rows<D>(s, q, row0, k, 0);
+    multiply_rows<D>(t, grad, row0, v, 0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int key = 8 * i + lane % 4 * 2 + e % 2, h = e / 2;
+        float y = exp2_fast(fmaf(s[0][i][e], c, -lse[h]));
+        if (is_partial || n < TOGETHER) {
+          const bool sees = key < n && first[h] <= positions[slot][key] && positions[slot][key] <= last[h];
+          y = sees ? y : 0;
+        }
+        s[0][i][e] = y;
+        t[0][i][e] = y * (t[0][i][e] - delta[h]);
+      }
+    }
+#pragma unroll
+    for (int key = 0; key < TOGETHER; key += 16) {
+      const float(&left)[4] = t[0][key / 8], (&right)[4] = t[0][key / 8 + 1];
+      const uint32_t b[4] = {pack2(left[0], left[1]), pack2(left[2], left[3]), pack2(right[0], right[1]),
+                             pack2(right[2], right[3])};
+#pragma unroll
+      for (int m = 0; m < D / 8; m += 2) {
+        uint32_t y[4];
+        columns_b<D>(y, k, key, 8 * m);
+        multiply(dq[0][m], b, y[0], y[1]);
+        multiply(dq[0][m + 1], b, y[2], y[3]);
+      }
+    }
+    if (HAS_COLUMNS) { // one tile serves p and then ds
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        put2<TOGETHER>(ds, row0 + i % 2 * 8 + lane / 4, i / 2 * 8 + lane % 4 * 2, s[0][i / 2][i % 2 * 2],
+                       s[0][i / 2][i % 2 * 2 + 1]);
+      }
+      __syncthreads();
+      scatter<D>(x.dv, rows[slot], n, ds, grad, 1);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        put2<TOGETHER>(ds, row0 + i % 2 * 8 + lane / 4, i / 2 * 8 + lane % 4 * 2, t[0][i / 2][i % 2 * 2],
+                       t[0][i / 2][i % 2 * 2 + 1]);
+      }
+      __syncthreads();
+      scatter<D>(x.dk, rows[slot], n, ds, q, a.scale);
+    }
+    n = next;
+    next = then;
+    is_partial = next_partial;
+    next_partial = then_partial;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float *to = a.dq + (u * a.T + token + row0 + 8 * h + lane / 4) * D + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      float2 y = *(float2 *)(to + 8 * i);
+      y.x += dq[0][i][2 * h] * a.scale;
+      y.y += dq[0][i][2 * h + 1] * a.scale;
+      *(float2 *)(to + 8 * i) = y;
+    }
+  }
+}
+
+/* ---- Launches ----------------------------------------------------------------------------------- */
+
+keys keys_of(const halo_attention_tiles *t, const halo__rows *rows, int32_t parts) {
+  return {(const bf16 *)t->k, (const bf16 *)t->v, t->position, rows->offset, rows->run, (float *)t->dk,
+          (float *)t->dv, parts, nullptr, nullptr, nullptr, nullptr};
+}
+
+template <int D> halo_status run_queries(const side &s, const keys &x, int32_t G) {
+  const bool has_columns = x.slot != nullptr;
+  return launch("attention_portable backward by query",
+                has_columns ? query_backward<D, true> : query_backward<D, false>,
+                s.B * s.H * (s.T / QUERIES), Q_THREADS, query_shared<D>(), s, x, G);
+}
+
+template <int D, int G>
+halo_status run_tiles(const halo_attention_queries *a, const halo_attention_tiles *t) {
+  const side s = side_of(a, nullptr);
+  const int64_t tiles = (s.T + KEYS - 1) / KEYS * s.B * s.Hk;
+  int32_t parts = 1; // four CTAs a multiprocessor even out the causal triangle
+  if (!a->deterministic) {
+    const int64_t wanted = 4 * (int64_t)halo__cuda_device()->multiprocessors / (tiles > 0 ? tiles : 1);
+    const int64_t group = s.H / s.Hk;
+    parts = (int32_t)(wanted < 1 ? 1 : wanted < group ? wanted : group);
+  }
+  if (parts > 1) {
+    const int64_t bytes = s.B * s.Hk * s.T * D * 4;
+    HALO_TRY(halo_cuda_zero(t->dk, bytes));
+    HALO_TRY(halo_cuda_zero(t->dv, bytes));
+  }
+  const keys x = keys_of(t, t->by_key, parts);
+  if (!a->deterministic) {
+    return launch("attention_portable backward", key_backward<D, G, true>, tiles * parts, THREADS,
+                  key_shared<D>(), s, x);
+  }
+  HALO_TRY(launch("attention_portable backward dk dv", key_backward<D, G, false>, tiles * parts, THREADS,
+                  key_shared<D>(), s, x));
+  return run_queries<D>(s, keys_of(t, t->by_query, 1), G);
+}
+
+} // namespace
+
+halo_status halo__portable_bwd(const halo_attention_queries *a, const halo_attention_tiles *keys) {
+  if (a->head_size == 128) return a->block == 128 ? run_tiles<128, 128>(a, keys) : run_tiles<128, 64>(a, keys);
+  return a->block == 128 ? run_tiles<64, 128>(a, keys) : run_tiles<64, 64>(a, keys);
+}
+
+halo_status halo__portable_columns_bwd(const halo_attention_queries *a,
+                                       const halo_attention_columns *c) {
+  if (a->deterministic) return halo__general_columns_bwd(a, c); // additions here come in any order
+  const int64_t bytes = c->n_entries * a->head_size * 4;
+  HALO_TRY(halo_cuda_zero(c->dk, bytes));
+  HALO_TRY(halo_cuda_zero(c->dv, bytes));
+  const side s = side_of(a, nullptr);
+  const keys x = {(const bf16 *)c->k, (const bf16 *)c->v, nullptr, c->by_query->offset, c->by_query->run,
+                  (float *)c->dk, (float *)c->dv, 1, c->token_offset, c->slot_offset, c->token, c->slot};
+  return a->head_size == 128 ? run_queries<128>(s, x, (int32_t)a->block)
+                             : run_queries<64>(s, x, (int32_t)a->block);
+}

@@ -1,0 +1,564 @@
+/* Attention on CUDA as the ring uses it, kernel by kernel, against the CPU twins in fp64 on the same values:
+ * tiles of every step of a ring and gathered columns, forward and backward, over plans (dense, documents,
+ * diagonals and columns, tiles by head), layouts, head and block sizes, dtypes, and every family of kernels
+ * that serves the case (HALO_ATTENTION); outputs are NaN before. Then attention against a cache. */
+#include "check.h"
+#include "kernels.h"
+#include "plan.h"
+
+#ifndef HALO_WITH_CUDA
+
+int main(void) {
+  printf("1 pending: built without CUDA\n");
+  return 0;
+}
+
+#else
+
+typedef enum plan_kind { DENSE, DOCUMENTS, SPARSE, MIXED, COLUMNS } plan_kind;
+
+typedef struct test_case {
+  int64_t B, H, Hk, D, G, N;
+  int32_t W, layout;
+  plan_kind plan;
+} test_case;
+
+static uint64_t dice_state = 17;
+static uint64_t dice(uint64_t n) { return halo_random_u64(9, dice_state++, 3) % n; }
+
+/* ---- values ---- */
+
+static float bf16_round(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+static double *sample(int64_t n, double magnitude) {
+  double *x = malloc((size_t)n * 8);
+  dice_state++;
+  for (int64_t i = 0; i < n; i++) { // sums of four uniforms: close to normal; exact in every dtype
+    double sum = 0;
+    for (uint64_t j = 0; j < 4; j++) sum += halo_random_uniform(21, dice_state, (uint64_t)i * 4 + j) - 0.5;
+    x[i] = bf16_round((float)(sum * 1.7 * magnitude));
+  }
+  return x;
+}
+
+static void put(halo_dtype t, void *bytes, int64_t i, double x) {
+  const float f = (float)x;
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (t == HALO_F64) ((double *)bytes)[i] = x;
+  if (t == HALO_F32) ((float *)bytes)[i] = f;
+  if (t == HALO_BF16) ((uint16_t *)bytes)[i] = (uint16_t)(bits >> 16);
+}
+
+static double get(halo_dtype t, const void *bytes, int64_t i) {
+  if (t == HALO_F64) return ((const double *)bytes)[i];
+  if (t == HALO_F32) return ((const float *)bytes)[i];
+  const uint32_t bits = (uint32_t)((const uint16_t *)bytes)[i] << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+/* n values as dtype t on a device; NULL: NaN. */
+static void *upload(halo_device device, halo_dtype t, const double *x, int64_t n) {
+  const int64_t bytes = n * halo_dtype_bytes(t);
+  char *host = malloc((size_t)bytes + 1);
+  if (x == NULL) memset(host, 0xff, (size_t)bytes);
+  for (int64_t i = 0; x != NULL && i < n; i++) put(t, host, i, x[i]);
+  void *p;
+  CHECK_OK(halo__alloc(&p, bytes > 0 ? bytes : 1, device));
+  CHECK_OK(halo__kernels(device)->copy_in(p, host, bytes));
+  free(host);
+  return p;
+}
+
+static double *download(halo_device device, halo_dtype t, const void *p, int64_t n) {
+  const int64_t bytes = n * halo_dtype_bytes(t);
+  char *host = malloc((size_t)bytes + 1);
+  CHECK_OK(halo__kernels(device)->copy_out(host, p, bytes));
+  double *x = malloc((size_t)n * 8 + 1);
+  for (int64_t i = 0; i < n; i++) x[i] = get(t, host, i);
+  free(host);
+  return x;
+}
+
+/* ---- a case ---- */
+
+typedef struct setting {
+  test_case c;
+  halo_layout *layout;
+  halo_plan *plan;
+  int64_t T, n_q, n_k; /* elements of q and of k of one rank */
+  double **q, **k, **v, **grad; /* [W]; q, grad [B,T,H,D]; k, v [B,Hk,T,D] */
+  const halo__gather *gather;
+  double *column_k, *column_v; /* [n_entries,D] */
+  double scale;
+} setting;
+
+static void add_head(setting *s, int64_t b, int64_t h) {
+  const test_case *c = &s->c;
+  const int64_t NB = (c->N + c->G - 1) / c->G;
+  int64_t list[64];
+  if (c->plan == SPARSE || c->plan == MIXED) {
+    for (int i = 0; i < 3; i++) list[i] = (int64_t)dice((uint64_t)NB);
+    CHECK_OK(halo_plan_add_diagonals(s->plan, b, h, list, 3));
+  }
+  if (c->plan == SPARSE || c->plan == COLUMNS) {
+    const int64_t n = c->plan == SPARSE ? 40 : 64;
+    for (int64_t i = 0; i < n; i++) list[i] = (int64_t)dice((uint64_t)c->N);
+    CHECK_OK(halo_plan_add_columns(s->plan, b, h, list, n));
+  }
+  if (c->plan == MIXED) {
+    int64_t query[20], key[20];
+    for (int i = 0; i < 20; i++) {
+      query[i] = (int64_t)dice((uint64_t)NB);
+      key[i] = (int64_t)dice((uint64_t)query[i] + 1);
+    }
+    CHECK_OK(halo_plan_add_tiles(s->plan, b, h, query, key, 20));
+  }
+}
+
+static void make_plan(setting *s) {
+  const test_case *c = &s->c;
+  CHECK_OK(halo_layout_new(&s->layout, c->layout, c->N, c->G, c->W));
+  CHECK_OK(halo_plan_new(&s->plan, s->layout, c->B, c->H));
+  if (c->plan == DENSE || c->plan == DOCUMENTS) {
+    CHECK_OK(halo_plan_add_all(s->plan, -1, -1));
+  } else {
+    for (int64_t i = 0; i < c->B * c->H; i++) {
+      if (dice(4) > 0 || i == 0) add_head(s, i / c->H, i % c->H); // some heads see nothing but force
+    }
+    CHECK_OK(halo_plan_force(s->plan, 0, 0, c->plan != COLUMNS));
+  }
+  if (c->plan == DOCUMENTS || c->plan == SPARSE) {
+    int32_t *id = malloc((size_t)(c->B * c->N) * 4);
+    for (int64_t b = 0; b < c->B; b++) {
+      int32_t now = 0;
+      for (int64_t i = 0; i < c->N; i++) {
+        if (dice((uint64_t)c->N / 3 + 2) == 0) now++;
+        id[b * c->N + i] = i >= c->N - 5 ? -1 : now;
+      }
+    }
+    CHECK_OK(halo_plan_set_documents(s->plan, id));
+    free(id);
+  }
+  CHECK_OK(halo_plan_finish(s->plan));
+}
+
+static setting open_setting(const test_case *c) {
+  setting s = {.c = *c, .scale = 1 / sqrt((double)c->D)};
+  make_plan(&s);
+  s.T = halo_layout_local_tokens(s.layout);
+  s.n_q = c->B * s.T * c->H * c->D;
+  s.n_k = c->B * s.T * c->Hk * c->D;
+  double ***all[] = {&s.q, &s.k, &s.v, &s.grad};
+  for (int i = 0; i < 4; i++) {
+    *all[i] = malloc((size_t)c->W * sizeof(double *));
+    for (int32_t r = 0; r < c->W; r++) {
+      (*all[i])[r] = sample(i == 0 || i == 3 ? s.n_q : s.n_k, i == 0 ? 3 : 1);
+    }
+  }
+  CHECK_OK(halo__plan_gather(&s.gather, s.plan, c->Hk));
+  const halo__gather *g = s.gather;
+  s.column_k = malloc((size_t)(g->n_entries * c->D) * 8 + 1);
+  s.column_v = malloc((size_t)(g->n_entries * c->D) * 8 + 1);
+  for (int64_t group = 0, e = 0; e < g->n_entries; e++) {
+    while (g->offset[group + 1] <= e) group++;
+    const int64_t row = (group * s.T + g->local[e]) * c->D;
+    memcpy(s.column_k + e * c->D, s.k[g->owner[e]] + row, (size_t)c->D * 8);
+    memcpy(s.column_v + e * c->D, s.v[g->owner[e]] + row, (size_t)c->D * 8);
+  }
+  return s;
+}
+
+static void close_setting(setting *s) {
+  double **all[] = {s->q, s->k, s->v, s->grad};
+  for (int i = 0; i < 4; i++) {
+    for (int32_t r = 0; r < s->c.W; r++) free(all[i][r]);
+    free(all[i]);
+  }
+  free(s->column_k);
+  free(s->column_v);
+  halo_plan_free(s->plan);
+  halo_layout_free(s->layout);
+}
+
+/* ---- one rank's pass, on any device in any dtype ---- */
+
+enum { OUT, LSE, DQ, ONCE, DCOLUMNS, DKV, RESULTS = DKV + 8 };
+typedef struct results {
+  double *x[RESULTS]; /* DKV + s: dk and dv of source s; NULL: not there */
+  int64_t n[RESULTS];
+} results;
+
+typedef struct job {
+  setting *s;
+  halo_device device;
+  const halo_kernels *k;
+  halo_dtype t, acc;
+  int32_t rank;
+  halo_attention_queries a;
+  results *out;
+} job;
+
+static void keep(const job *j, int which, halo_dtype t, void *p, int64_t n) {
+  j->out->x[which] = download(j->device, t, p, n);
+  j->out->n[which] = n;
+  halo__free(p);
+}
+
+static const void *mirror(const job *j, const void *host, int64_t bytes) {
+  const void *p = NULL;
+  CHECK_OK(halo__plan_mirror(&p, j->s->plan, j->device, host, bytes));
+  return p;
+}
+
+/* Tiles of one source; k and v are to be freed. */
+static int64_t open_tiles(const job *j, int32_t source, halo_attention_tiles *tiles, halo__rows *rows) {
+  setting *s = j->s;
+  const halo__slice *slice;
+  const halo__rows *by_key;
+  const halo__tokens *tokens;
+  CHECK_OK(halo__plan_slice(&slice, s->plan, j->rank, source));
+  CHECK_OK(halo__plan_slice_by_key(&by_key, s->plan, j->rank, source));
+  CHECK_OK(halo__plan_tokens(&tokens, s->plan, source));
+  CHECK_OK(halo__plan_mirror_rows(&rows[0], s->plan, j->device, &slice->by_query));
+  CHECK_OK(halo__plan_mirror_rows(&rows[1], s->plan, j->device, by_key));
+  *tiles = (halo_attention_tiles){.k = upload(j->device, j->t, s->k[source], s->n_k),
+                                  .v = upload(j->device, j->t, s->v[source], s->n_k),
+                                  .position = mirror(j, tokens->position, s->T * 4),
+                                  .by_query = &rows[0], .by_key = &rows[1]};
+  return slice->n_tiles;
+}
+
+static void open_columns(const job *j, halo_attention_columns *columns, halo__rows *rows) {
+  setting *s = j->s;
+  const halo__gather *g = s->gather;
+  const halo__column_slice *slice;
+  const halo__rows *by_column;
+  const halo__columns *all;
+  CHECK_OK(halo__plan_columns(&all, s->plan));
+  CHECK_OK(halo__plan_column_slice(&slice, s->plan, j->rank));
+  CHECK_OK(halo__plan_columns_by_column(&by_column, s->plan, j->rank));
+  CHECK_OK(halo__plan_mirror_rows(&rows[0], s->plan, j->device, &slice->by_query));
+  CHECK_OK(halo__plan_mirror_rows(&rows[1], s->plan, j->device, by_column));
+  const int64_t units = s->c.B * s->c.H, n_patterns = halo__plan_patterns(s->plan);
+  *columns = (halo_attention_columns){
+      .k = upload(j->device, j->t, s->column_k, g->n_entries * s->c.D),
+      .v = upload(j->device, j->t, s->column_v, g->n_entries * s->c.D),
+      .n_entries = g->n_entries,
+      .token_offset = mirror(j, all->offset, (n_patterns + 1) * 8),
+      .token = mirror(j, all->token, all->offset[n_patterns] * 4),
+      .slot_offset = mirror(j, g->slot_offset, (units + 1) * 8),
+      .slot = mirror(j, g->slot, g->slot_offset[units] * 4),
+      .by_query = &rows[0], .by_column = &rows[1]};
+}
+
+static void pass_forward(job *j) {
+  setting *s = j->s;
+  const int64_t rows = s->c.B * s->c.H * s->T, width = s->c.H * s->c.D;
+  const int64_t out_stride[3] = {s->T * width, width, s->c.D}, lse_stride[2] = {s->c.H * s->T, s->T};
+  halo__rows lists[2];
+  halo_attention_tiles tiles;
+  j->a.o = upload(j->device, j->acc, NULL, s->n_q);
+  j->a.m = upload(j->device, j->acc, NULL, rows);
+  j->a.l = upload(j->device, j->acc, NULL, rows);
+  CHECK_OK(j->k->attention_begin(&j->a));
+  for (int32_t i = 0; i < s->c.W; i++) {
+    if (open_tiles(j, i, &tiles, lists) > 0) CHECK_OK(j->k->attention_tiles_fwd(&j->a, &tiles));
+    halo__free((void *)tiles.k);
+    halo__free((void *)tiles.v);
+  }
+  if (s->gather->n_entries > 0) {
+    halo_attention_columns columns;
+    open_columns(j, &columns, lists);
+    CHECK_OK(j->k->attention_columns_fwd(&j->a, &columns));
+    halo__free((void *)columns.k);
+    halo__free((void *)columns.v);
+  }
+  void *out = upload(j->device, j->t, NULL, s->n_q), *lse = upload(j->device, j->acc, NULL, rows);
+  CHECK_OK(j->k->attention_finish(out, out_stride, lse, lse_stride, &j->a));
+  halo__free(j->a.o);
+  halo__free(j->a.m);
+  halo__free(j->a.l);
+  void *once = upload(j->device, j->t, NULL, s->n_q), *once_lse = upload(j->device, j->acc, NULL, rows);
+  if (s->c.W == 1 && s->gather->n_entries == 0) {
+    open_tiles(j, 0, &tiles, lists);
+    CHECK_OK(j->k->attention_once(once, out_stride, once_lse, lse_stride, &j->a, &tiles));
+    halo__free((void *)tiles.k);
+    halo__free((void *)tiles.v);
+    keep(j, ONCE, j->t, once, s->n_q);
+  } else {
+    halo__free(once);
+  }
+  halo__free(once_lse);
+  // Backward wants the truth's lse and delta of this dtype's own output.
+  void *delta = upload(j->device, j->acc, NULL, rows);
+  j->a.grad = upload(j->device, j->t, s->grad[j->rank], s->n_q);
+  memcpy(j->a.grad_stride, out_stride, sizeof out_stride);
+  CHECK_OK(j->k->attention_delta(delta, out, out_stride, &j->a));
+  j->a.delta = delta;
+  keep(j, OUT, j->t, out, s->n_q);
+  j->out->x[LSE] = download(j->device, j->acc, lse, rows);
+  j->out->n[LSE] = rows;
+  j->a.lse = lse;
+}
+
+static void pass_backward(job *j) {
+  setting *s = j->s;
+  const int64_t width = s->c.H * s->c.D, dq_stride[3] = {s->T * width, width, s->c.D};
+  halo__rows lists[2];
+  CHECK_OK(halo__alloc(&j->a.dq, s->n_q * halo_dtype_bytes(j->acc), j->device));
+  CHECK_OK(j->k->zero(j->a.dq, s->n_q * halo_dtype_bytes(j->acc)));
+  for (int32_t i = 0; i < s->c.W; i++) {
+    halo_attention_tiles tiles;
+    const int64_t n_tiles = open_tiles(j, i, &tiles, lists);
+    if (n_tiles > 0) {
+      char *dkv = upload(j->device, j->acc, NULL, 2 * s->n_k);
+      tiles.dk = dkv;
+      tiles.dv = dkv + s->n_k * halo_dtype_bytes(j->acc);
+      CHECK_OK(j->k->attention_tiles_bwd(&j->a, &tiles));
+      keep(j, DKV + i, j->acc, dkv, 2 * s->n_k);
+    }
+    halo__free((void *)tiles.k);
+    halo__free((void *)tiles.v);
+  }
+  if (s->gather->n_entries > 0) {
+    halo_attention_columns columns;
+    const int64_t n = s->gather->n_entries * s->c.D;
+    open_columns(j, &columns, lists);
+    char *dkv = upload(j->device, j->acc, NULL, 2 * n);
+    columns.dk = dkv;
+    columns.dv = dkv + n * halo_dtype_bytes(j->acc);
+    CHECK_OK(j->k->attention_columns_bwd(&j->a, &columns));
+    keep(j, DCOLUMNS, j->acc, dkv, 2 * n);
+    halo__free((void *)columns.k);
+    halo__free((void *)columns.v);
+  }
+  void *dq = upload(j->device, j->t, NULL, s->n_q);
+  CHECK_OK(j->k->attention_dq_finish(dq, dq_stride, &j->a));
+  keep(j, DQ, j->t, dq, s->n_q);
+  void *const mine[] = {j->a.dq, (void *)j->a.q, (void *)j->a.grad, (void *)j->a.lse, (void *)j->a.delta};
+  for (size_t i = 0; i < sizeof mine / sizeof *mine; i++) halo__free(mine[i]);
+}
+
+static results run(setting *s, halo_device device, halo_dtype t, int32_t rank, int32_t deterministic) {
+  const test_case *c = &s->c;
+  results out = {0};
+  job j = {s, device, halo__kernels(device), t, t == HALO_F64 ? HALO_F64 : HALO_F32, rank, {0}, &out};
+  const int64_t width = c->H * c->D;
+  const halo__tokens *tokens;
+  CHECK_OK(halo__plan_tokens(&tokens, s->plan, rank));
+  j.a = (halo_attention_queries){
+      .dtype = t, .n_batch = c->B, .n_heads = c->H, .n_kv_heads = c->Hk, .head_size = c->D,
+      .block = c->G, .n_blocks = s->T / c->G, .scale = s->scale,
+      .q = upload(device, t, s->q[rank], s->n_q), .q_stride = {s->T * width, width, c->D},
+      .position = mirror(&j, tokens->position, s->T * 4),
+      .first = mirror(&j, tokens->first, (tokens->first_stride > 0 ? c->B : 1) * s->T * 4),
+      .first_stride = tokens->first_stride,
+      .pattern_of = mirror(&j, halo__plan_pattern_of(s->plan), c->B * c->H * 4),
+      .n_parts = 1, .n_head_parts = 1, .deterministic = deterministic};
+  pass_forward(&j);
+  pass_backward(&j);
+  return out;
+}
+
+static void free_results(results *r) {
+  for (int i = 0; i < RESULTS; i++) free(r->x[i]);
+}
+
+/* ||got - want|| / ||want||; NaN when one of them is. -inf equals itself. */
+static double distance(const double *got, const double *want, int64_t n) {
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const double d = got[i] == want[i] ? 0 : got[i] - want[i];
+    error += d * d;
+    norm += isinf(want[i]) ? 0 : want[i] * want[i];
+  }
+  return norm > 0 ? sqrt(error / norm) : sqrt(error);
+}
+
+/* What rounding costs of the norm: bf16 rounds inputs of products (2^-9 each, several of them). */
+static double bound(halo_dtype t, int which) {
+  if (t == HALO_F64) return 1e-13;
+  if (t == HALO_F32 || which == LSE) return 1e-5;
+  return which == OUT || which == ONCE ? 4e-3 : 1e-2;
+}
+
+static void compare(const char *family, const setting *s, halo_dtype t, int32_t rank, const results *got,
+                    const results *want) {
+  static const char *const names[] = {"out", "lse", "dq", "once", "dcolumns", "dkv"};
+  char line[256];
+  int at = 0;
+  bool fine = true;
+  for (int i = 0; i < RESULTS; i++) {
+    if (i != ONCE && (got->x[i] == NULL) != (want->x[i] == NULL)) fine = false;
+    if (got->x[i] == NULL) continue;
+    const int truth = i == ONCE ? OUT : i;
+    const double d = distance(got->x[i], want->x[truth], got->n[i]);
+    if (!(d <= bound(t, i))) fine = false;
+    at += snprintf(line + at, sizeof line - (size_t)at, " %s %.0e", names[i < DKV ? i : DKV], d);
+  }
+  fprintf(stderr, "  %s %-8s %-4s B%d H%d/%d D%d G%d N%d W%d r%d plan %d:%s\n", fine ? " " : "!", family,
+          halo_dtype_name(t), (int)s->c.B, (int)s->c.H, (int)s->c.Hk, (int)s->c.D, (int)s->c.G, (int)s->c.N,
+          s->c.W, rank, (int)s->c.plan, line);
+  CHECK(fine);
+}
+
+static const test_case cases[] = {
+    {1, 2, 1, 64, 64, 200, 1, HALO_LAYOUT_CONTIGUOUS, DENSE},
+    {2, 4, 2, 128, 64, 700, 1, HALO_LAYOUT_CONTIGUOUS, DENSE},
+    {1, 4, 2, 128, 128, 900, 1, HALO_LAYOUT_CONTIGUOUS, DOCUMENTS},
+    {2, 4, 1, 64, 128, 1100, 2, HALO_LAYOUT_STRIPED, DOCUMENTS},
+    {1, 6, 2, 64, 64, 1500, 2, HALO_LAYOUT_ZIGZAG, SPARSE},
+    {2, 4, 2, 128, 128, 1500, 3, HALO_LAYOUT_STRIPED, SPARSE},
+    {1, 4, 2, 128, 64, 1300, 1, HALO_LAYOUT_CONTIGUOUS, MIXED},
+    {1, 4, 4, 64, 128, 1300, 1, HALO_LAYOUT_CONTIGUOUS, MIXED},
+    {2, 4, 2, 128, 128, 1000, 1, HALO_LAYOUT_CONTIGUOUS, COLUMNS},
+    {1, 8, 1, 64, 64, 1000, 2, HALO_LAYOUT_STRIPED, COLUMNS},
+};
+/* Sizes of the general family only. */
+static const test_case odd_cases[] = {
+    {1, 2, 1, 24, 16, 75, 1, HALO_LAYOUT_CONTIGUOUS, DENSE},
+    {2, 3, 3, 80, 32, 200, 2, HALO_LAYOUT_ZIGZAG, SPARSE},
+    {1, 4, 2, 96, 48, 333, 1, HALO_LAYOUT_CONTIGUOUS, DOCUMENTS},
+    {1, 2, 1, 256, 64, 300, 2, HALO_LAYOUT_STRIPED, SPARSE},
+    {1, 2, 2, 1, 1, 40, 1, HALO_LAYOUT_CONTIGUOUS, MIXED},
+    {1, 4, 2, 130, 100, 450, 1, HALO_LAYOUT_CONTIGUOUS, COLUMNS},
+};
+
+static bool serves(const setting *s, const char *family, halo_dtype t) {
+  if (strcmp(family, "general") == 0) return true;
+  if (t != HALO_BF16 || (s->c.D != 64 && s->c.D != 128)) return false;
+  if (s->c.G != 64 && s->c.G != 128) return false;
+  halo_device_row row;
+  if (strcmp(family, "hopper") != 0) return true;
+  return halo_device_read(&row, HALO_CUDA, 0) == HALO_OK && row.major == 9;
+}
+
+static void check_case(const test_case *c, const char *family, halo_dtype t, int32_t deterministic) {
+  setting s = open_setting(c);
+  if (serves(&s, family, t)) {
+    for (int32_t rank = 0; rank < c->W; rank++) {
+      unsetenv("HALO_ATTENTION");
+      results want = run(&s, HALO_CPU, HALO_F64, rank, 0);
+      if (strcmp(family, "hopper") != 0) setenv("HALO_ATTENTION", family, 1);
+      results got = run(&s, HALO_CUDA, t, rank, deterministic);
+      compare(family, &s, t, rank, &got, &want);
+      free_results(&got);
+      if (deterministic) {
+        results again = run(&s, HALO_CUDA, t, rank, 1);
+        results first = run(&s, HALO_CUDA, t, rank, 1);
+        for (int i = 0; i < RESULTS; i++) {
+          if (first.x[i] != NULL) CHECK(memcmp(first.x[i], again.x[i], (size_t)first.n[i] * 8) == 0);
+        }
+        free_results(&again);
+        free_results(&first);
+      }
+      free_results(&want);
+    }
+  }
+  unsetenv("HALO_ATTENTION");
+  close_setting(&s);
+}
+
+/* "hopper" stands for the device's own choice. */
+static void twins(void) {
+  static const char *const families[] = {"general", "portable", "hopper"};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (int f = 0; f < 3; f++) check_case(&cases[i], families[f], HALO_BF16, 0);
+    if (i % 3 == 0) check_case(&cases[i], "general", HALO_F32, 0);
+  }
+}
+
+static void odd_sizes(void) {
+  for (size_t i = 0; i < sizeof odd_cases / sizeof *odd_cases; i++) {
+    check_case(&odd_cases[i], "general", HALO_F32, 0);
+    check_case(&odd_cases[i], "general", HALO_BF16, 0);
+    check_case(&odd_cases[i], "general", HALO_F64, 0);
+  }
+}
+
+static void repeats(void) {
+  check_case(&cases[1], "portable", HALO_BF16, 1);
+  check_case(&cases[5], "portable", HALO_BF16, 1);
+  check_case(&cases[1], "hopper", HALO_BF16, 1);
+  check_case(&cases[5], "hopper", HALO_BF16, 1);
+}
+
+/* ---- cache ---- */
+
+typedef struct cache_case {
+  int64_t B, Tq, H, Hk, D, length, capacity;
+} cache_case;
+
+static double *run_cached(const cache_case *c, halo_device device, halo_dtype t, double *const x[3],
+                          const int64_t *positions, double **lse_out) {
+  const int64_t n_q = c->B * c->Tq * c->H * c->D, n_k = c->B * c->capacity * c->Hk * c->D;
+  const int64_t rows = c->B * c->Tq * c->H;
+  const halo_kernels *k = halo__kernels(device);
+  const halo_dtype acc = t == HALO_F64 ? HALO_F64 : HALO_F32;
+  void *q = upload(device, t, x[0], n_q), *keys = upload(device, t, x[1], n_k),
+       *values = upload(device, t, x[2], n_k), *out = upload(device, t, NULL, n_q),
+       *lse = upload(device, acc, NULL, rows);
+  int64_t *at;
+  const int64_t bytes = (c->capacity + c->Tq) * 8;
+  CHECK_OK(halo__alloc((void **)&at, bytes, device));
+  CHECK_OK(k->copy_in(at, positions, bytes));
+  CHECK_OK(k->attention_cached(t, out, lse, q, keys, values, at, at + c->capacity, c->B, c->Tq, c->H, c->Hk,
+                               c->D, c->length, c->capacity, 1 / sqrt((double)c->D)));
+  double *got = download(device, t, out, n_q);
+  *lse_out = download(device, acc, lse, rows);
+  void *const mine[] = {q, keys, values, out, lse, at};
+  for (int i = 0; i < 6; i++) halo__free(mine[i]);
+  return got;
+}
+
+static void caches(void) {
+  static const cache_case all[] = {{1, 1, 16, 2, 128, 5000, 6000}, {2, 1, 4, 4, 64, 1, 10},
+                                   {1, 3, 6, 3, 80, 700, 700},     {2, 40, 4, 2, 128, 300, 512},
+                                   {1, 1, 8, 1, 256, 100, 128},    {1, 2, 2, 2, 64, 0, 16}};
+  static const halo_dtype dtypes[] = {HALO_BF16, HALO_F32, HALO_F64};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+    const cache_case *c = &all[i];
+    const int64_t n_q = c->B * c->Tq * c->H * c->D, n_k = c->B * c->capacity * c->Hk * c->D;
+    double *x[3] = {sample(n_q, 2), sample(n_k, 1), sample(n_k, 1)};
+    int64_t *positions = malloc((size_t)(c->capacity + c->Tq) * 8);
+    for (int64_t j = 0; j < c->capacity; j++) positions[j] = j % 7 == 3 ? INT32_MAX : (j * 5) % (c->capacity + 1);
+    for (int64_t j = 0; j < c->Tq; j++) positions[c->capacity + j] = c->capacity / 2 + j;
+    double *want_lse, *got_lse, *want = run_cached(c, HALO_CPU, HALO_F64, x, positions, &want_lse);
+    for (int j = 0; j < 3; j++) {
+      double *got = run_cached(c, HALO_CUDA, dtypes[j], x, positions, &got_lse);
+      const double d = distance(got, want, n_q), e = distance(got_lse, want_lse, c->B * c->Tq * c->H);
+      fprintf(stderr, "  cached %-4s D%d length %d: out %.0e lse %.0e\n", halo_dtype_name(dtypes[j]),
+              (int)c->D, (int)c->length, d, e);
+      CHECK(d <= bound(dtypes[j], OUT) && e <= bound(dtypes[j], LSE));
+      free(got);
+      free(got_lse);
+    }
+    free(want);
+    free(want_lse);
+    free(positions);
+    for (int j = 0; j < 3; j++) free(x[j]);
+  }
+}
+
+int main(void) {
+  if (halo_device_count(HALO_CUDA) == 0) {
+    printf("1 pending: no CUDA device\n");
+    return 0;
+  }
+  RUN(caches);
+  RUN(odd_sizes);
+  RUN(twins);
+  RUN(repeats);
+  return check_report();
+}
+
+#endif
