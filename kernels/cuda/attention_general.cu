@@ -145,8 +145,8 @@ __device__ __forceinline__ void gather(typename S::vec *sum, const typename S::A
   using vec = typename S::vec;
 #pragma unroll
   for (int i = 0; i < S::SCORES; i++) {
-#pragma unroll
-    for (int c = 0; c < S::LANES; c++) {
+#pragma unroll 1
+    for (int c = 0; c < S::LANES; c++) { // not unrolled: four times less code to compile
       const typename S::A x = __shfl_sync(0xffffffffu, p[i], c, S::LANES);
       const typename S::A *from = other + (c + S::LANES * i) * S::LD + lane * S::N;
 #pragma unroll
