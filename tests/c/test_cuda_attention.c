@@ -126,7 +126,7 @@ static void add_head(setting *s, int64_t b, int64_t h) {
 
 static void make_plan(setting *s) {
   const test_case *c = &s->c;
-  CHECK_OK(halo_layout_new(&s->layout, c->layout, c->N, c->G, c->W));
+  CHECK_OK(halo_layout_new(&s->layout, c->layout, c->N, c->W, c->G));
   CHECK_OK(halo_plan_new(&s->plan, s->layout, c->B, c->H));
   if (c->plan == DENSE || c->plan == DOCUMENTS) {
     CHECK_OK(halo_plan_add_all(s->plan, -1, -1));
