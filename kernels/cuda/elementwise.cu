@@ -24,41 +24,41 @@ enum { THREADS = 256 };
 
 /* ---- formulas as types: in[] to out[] in arithmetic --------------------------------------------- */
 
-#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                \
-  template <class acc> struct unary_##name {                                              \
-    acc a, b;                                                                             \
-    __device__ __forceinline__ void operator()(const acc (&in)[1], acc (&out)[1]) const { \
-      const acc x = in[0];                                                                \
-      out[0] = (acc)(formula);                                                            \
-    }                                                                                     \
+#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                                   \
+  template <class acc> struct unary_##name {                                                                 \
+    acc a, b;                                                                                                \
+    __device__ __forceinline__ void operator()(const acc (&in)[1], acc (&out)[1]) const {                    \
+      const acc x = in[0];                                                                                   \
+      out[0] = (acc)(formula);                                                                               \
+    }                                                                                                        \
   };
-#define HALO_BINARY(name, dtypes, formula, da, db)                                        \
-  template <class acc> struct binary_##name {                                             \
-    __device__ __forceinline__ void operator()(const acc (&in)[2], acc (&out)[1]) const { \
-      const acc a = in[0], b = in[1];                                                     \
-      out[0] = (acc)(formula);                                                            \
-    }                                                                                     \
-  };                                                                                      \
-  template <class acc> struct gradient_of_##name {                                        \
-    __device__ __forceinline__ void operator()(const acc (&in)[3], acc (&out)[2]) const { \
-      const acc dy = in[0], a = in[1], b = in[2];                                         \
-      (void)a, (void)b;                                                                   \
-      out[0] = (acc)(da);                                                                 \
-      out[1] = (acc)(db);                                                                 \
-    }                                                                                     \
+#define HALO_BINARY(name, dtypes, formula, da, db)                                                           \
+  template <class acc> struct binary_##name {                                                                \
+    __device__ __forceinline__ void operator()(const acc (&in)[2], acc (&out)[1]) const {                    \
+      const acc a = in[0], b = in[1];                                                                        \
+      out[0] = (acc)(formula);                                                                               \
+    }                                                                                                        \
+  };                                                                                                         \
+  template <class acc> struct gradient_of_##name {                                                           \
+    __device__ __forceinline__ void operator()(const acc (&in)[3], acc (&out)[2]) const {                    \
+      const acc dy = in[0], a = in[1], b = in[2];                                                            \
+      (void)a, (void)b;                                                                                      \
+      out[0] = (acc)(da);                                                                                    \
+      out[1] = (acc)(db);                                                                                    \
+    }                                                                                                        \
   };
 #include "elementwise.def"
 
 /* in[0] is dy, in[1] x or y, whichever was saved. */
 enum { SAVED_NOTHING = 1, SAVED_INPUT = 2, SAVED_OUTPUT = 2 };
-#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                \
-  template <class acc> struct slope_of_##name {                                           \
-    acc a, b;                                                                             \
-    __device__ __forceinline__ void operator()(const acc (&in)[SAVED_##saves], acc (&out)[1]) const { \
-      const acc dy = in[0], x = in[SAVED_##saves - 1], y = x;                             \
-      (void)dy, (void)x, (void)y;                                                         \
-      out[0] = (acc)(gradient);                                                           \
-    }                                                                                     \
+#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                                   \
+  template <class acc> struct slope_of_##name {                                                              \
+    acc a, b;                                                                                                \
+    __device__ __forceinline__ void operator()(const acc (&in)[SAVED_##saves], acc (&out)[1]) const {        \
+      const acc dy = in[0], x = in[SAVED_##saves - 1], y = x;                                                \
+      (void)dy, (void)x, (void)y;                                                                            \
+      out[0] = (acc)(gradient);                                                                              \
+    }                                                                                                        \
   };
 #include "elementwise.def"
 
@@ -68,7 +68,10 @@ template <class acc> struct compare_any {
     const acc a = in[0], b = in[1];
     bool y = false;
     switch (kind) {
-#define HALO_COMPARE(name, formula) case HALO_COMPARE_##name: y = formula; break;
+#define HALO_COMPARE(name, formula)                                                                          \
+  case HALO_COMPARE_##name:                                                                                  \
+    y = formula;                                                                                             \
+    break;
 #include "elementwise.def"
     default: break;
     }
@@ -84,23 +87,22 @@ __device__ __forceinline__ acc unary_value(int32_t kind, acc x, acc a, acc b) {
   const acc in[1] = {x};
   acc out[1] = {x};
   switch (kind) {
-#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                \
-  case HALO_UNARY_##name:                                                                 \
-    if constexpr (ALLOWED_##dtypes) unary_##name<acc>{a, b}(in, out);                     \
+#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                                   \
+  case HALO_UNARY_##name:                                                                                    \
+    if constexpr (ALLOWED_##dtypes) unary_##name<acc>{a, b}(in, out);                                        \
     break;
 #include "elementwise.def"
   default: break;
   }
   return out[0];
 }
-template <class acc, bool IS_REAL>
-__device__ __forceinline__ acc binary_value(int32_t kind, acc a, acc b) {
+template <class acc, bool IS_REAL> __device__ __forceinline__ acc binary_value(int32_t kind, acc a, acc b) {
   const acc in[2] = {a, b};
   acc out[1] = {a};
   switch (kind) {
-#define HALO_BINARY(name, dtypes, formula, da, db)                                        \
-  case HALO_BINARY_##name:                                                                \
-    if constexpr (ALLOWED_##dtypes) binary_##name<acc>{}(in, out);                        \
+#define HALO_BINARY(name, dtypes, formula, da, db)                                                           \
+  case HALO_BINARY_##name:                                                                                   \
+    if constexpr (ALLOWED_##dtypes) binary_##name<acc>{}(in, out);                                           \
     break;
 #include "elementwise.def"
   default: break;
@@ -116,11 +118,11 @@ __device__ __noinline__ double binary_f64(int32_t kind, double a, double b) {
 __device__ __noinline__ double slope_f64(int32_t kind, double dy, double saved, double a, double b) {
   double out[1] = {0};
   switch (kind) {
-#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                \
-  case HALO_UNARY_##name: {                                                               \
-    const double in[2] = {dy, saved};                                                     \
-    slope_of_##name<double>{a, b}((const double(&)[SAVED_##saves])in, out);               \
-    break;                                                                                \
+#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                                   \
+  case HALO_UNARY_##name: {                                                                                  \
+    const double in[2] = {dy, saved};                                                                        \
+    slope_of_##name<double>{a, b}((const double(&)[SAVED_##saves])in, out);                                  \
+    break;                                                                                                   \
   }
 #include "elementwise.def"
   default: break;
@@ -131,8 +133,10 @@ __device__ __noinline__ double2 gradient_f64(int32_t kind, double dy, double a, 
   const double in[3] = {dy, a, b};
   double out[2] = {0, 0};
   switch (kind) {
-#define HALO_BINARY(name, dtypes, formula, da, db)                                        \
-  case HALO_BINARY_##name: gradient_of_##name<double>{}(in, out); break;
+#define HALO_BINARY(name, dtypes, formula, da, db)                                                           \
+  case HALO_BINARY_##name:                                                                                   \
+    gradient_of_##name<double>{}(in, out);                                                                   \
+    break;
 #include "elementwise.def"
   default: break;
   }
@@ -193,7 +197,7 @@ template <int N> struct targets { void *at[N]; /* NULL: not wanted */ };
 /* n contiguous elements of NIN inputs of T and NOUT outputs of Y. */
 template <class Y, class T, int NIN, int NOUT, int U, class F>
 __global__ void __launch_bounds__(THREADS)
-flat_kernel(targets<NOUT> y, sources<NIN> x, int64_t n, bool is_aligned, F f) {
+    flat_kernel(targets<NOUT> y, sources<NIN> x, int64_t n, bool is_aligned, F f) {
   constexpr int V = lanes16<T>;
   const int64_t first = (int64_t)blockIdx.x * (THREADS * V * U);
   number_of<T> in[NIN];
@@ -242,7 +246,8 @@ flat_kernel(targets<NOUT> y, sources<NIN> x, int64_t n, bool is_aligned, F f) {
 /* Strided inputs; outputs contiguous. */
 template <class Y, class T, int NIN, int NOUT, class F>
 __global__ void __launch_bounds__(THREADS)
-strided_kernel(targets<NOUT> y, sources<NIN> x, const __grid_constant__ walk<NIN> w, bool is_aligned, F f) {
+    strided_kernel(targets<NOUT> y, sources<NIN> x, const __grid_constant__ walk<NIN> w, bool is_aligned,
+                   F f) {
   constexpr int V = lanes16<T>;
   const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
   if (i >= w.n) return;
@@ -333,20 +338,21 @@ bool is_for_reals(int32_t kind, bool is_unary) {
   return (is_unary ? unary : binary)[kind] == FLOAT;
 }
 
-template <class T>
-halo_status unary(int32_t kind, void *y, const void *x, int64_t n, double a, double b) {
+template <class T> halo_status unary(int32_t kind, void *y, const void *x, int64_t n, double a, double b) {
   using acc = number_of<T>;
   const targets<1> to = {{y}};
   const sources<1> from = {{x}};
   if constexpr (!number<T>::is_real) {
     HALO_CHECK(!is_for_reals(kind, true), HALO_EARG, "unary: formula %d needs a floating dtype", (int)kind);
-    return run_flat<T, T>("unary", to, from, n, unary_any<acc>{kind, integer_constant(a), integer_constant(b)});
+    return run_flat<T, T>("unary", to, from, n,
+                          unary_any<acc>{kind, integer_constant(a), integer_constant(b)});
   } else if constexpr (sizeof(T) == 8) {
     return run_flat<T, T>("unary", to, from, n, unary_any<acc>{kind, a, b});
   } else {
     switch (kind) {
-#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                \
-  case HALO_UNARY_##name: return run_flat<T, T>("unary " #name, to, from, n, unary_##name<acc>{(acc)a, (acc)b});
+#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                                   \
+  case HALO_UNARY_##name:                                                                                    \
+    return run_flat<T, T>("unary " #name, to, from, n, unary_##name<acc>{(acc)a, (acc)b});
 #include "elementwise.def"
     default: return halo__error(HALO_EARG, "unary: no formula %d", (int)kind);
     }
@@ -354,7 +360,8 @@ halo_status unary(int32_t kind, void *y, const void *x, int64_t n, double a, dou
 }
 
 template <class T>
-halo_status unary_bwd(int32_t kind, void *dx, const void *dy, const void *saved, int64_t n, double a, double b) {
+halo_status unary_bwd(int32_t kind, void *dx, const void *dy, const void *saved, int64_t n, double a,
+                      double b) {
   using acc = number_of<T>;
   const targets<1> to = {{dx}};
   if constexpr (sizeof(T) == 8) {
@@ -362,11 +369,11 @@ halo_status unary_bwd(int32_t kind, void *dx, const void *dy, const void *saved,
     return run_flat<T, T>("unary_bwd", to, from, n, slope_any{kind, a, b});
   } else {
     switch (kind) {
-#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                \
-  case HALO_UNARY_##name: {                                                               \
-    sources<SAVED_##saves> from = {{dy}};                                                 \
-    if (SAVED_##saves == 2) from.at[SAVED_##saves - 1] = saved;                           \
-    return run_flat<T, T>("unary_bwd " #name, to, from, n, slope_of_##name<acc>{(acc)a, (acc)b}); \
+#define HALO_UNARY(name, dtypes, saves, formula, gradient)                                                   \
+  case HALO_UNARY_##name: {                                                                                  \
+    sources<SAVED_##saves> from = {{dy}};                                                                    \
+    if (SAVED_##saves == 2) from.at[SAVED_##saves - 1] = saved;                                              \
+    return run_flat<T, T>("unary_bwd " #name, to, from, n, slope_of_##name<acc>{(acc)a, (acc)b});            \
   }
 #include "elementwise.def"
     default: return halo__error(HALO_EARG, "unary_bwd: no formula %d", (int)kind);
@@ -387,8 +394,8 @@ halo_status binary(int32_t kind, void *y, const void *a, const void *b, int32_t 
     return run_strided<T, T>("binary", to, from, ndim, shape, stride, binary_any<acc>{kind});
   } else {
     switch (kind) {
-#define HALO_BINARY(name, dtypes, formula, da, db)                                        \
-  case HALO_BINARY_##name:                                                                \
+#define HALO_BINARY(name, dtypes, formula, da, db)                                                           \
+  case HALO_BINARY_##name:                                                                                   \
     return run_strided<T, T>("binary " #name, to, from, ndim, shape, stride, binary_##name<acc>{});
 #include "elementwise.def"
     default: return halo__error(HALO_EARG, "binary: no formula %d", (int)kind);
@@ -406,8 +413,8 @@ halo_status binary_bwd(int32_t kind, void *da, void *db, const void *dy, const v
     return run_strided<T, T>("binary_bwd", to, from, ndim, shape, stride, gradient_any{kind});
   } else {
     switch (kind) {
-#define HALO_BINARY(name, dtypes, formula, ga, gb)                                        \
-  case HALO_BINARY_##name:                                                                \
+#define HALO_BINARY(name, dtypes, formula, ga, gb)                                                           \
+  case HALO_BINARY_##name:                                                                                   \
     return run_strided<T, T>("binary_bwd " #name, to, from, ndim, shape, stride, gradient_of_##name<acc>{});
 #include "elementwise.def"
     default: return halo__error(HALO_EARG, "binary_bwd: no formula %d", (int)kind);
@@ -417,8 +424,8 @@ halo_status binary_bwd(int32_t kind, void *da, void *db, const void *dy, const v
 
 /* y = c ? a : b. */
 template <class T, int V>
-__global__ void __launch_bounds__(THREADS)
-where_kernel(T *y, const uint8_t *c, const T *a, const T *b, const __grid_constant__ walk<3> w, bool is_aligned) {
+__global__ void __launch_bounds__(THREADS) where_kernel(T *y, const uint8_t *c, const T *a, const T *b,
+                                                        const __grid_constant__ walk<3> w, bool is_aligned) {
   const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
   if (i >= w.n) return;
   int64_t offset[3];
@@ -452,7 +459,7 @@ halo_status where(void *y, const uint8_t *c, const void *a, const void *b, int32
   unsigned blocks = 0;
   HALO_TRY(blocks_of(&blocks, w.n, THREADS * V));
   where_kernel<T, V><<<blocks, THREADS, 0, halo__cuda_stream()>>>((T *)y, c, (const T *)a, (const T *)b, w,
-                                                                 is_multiple(y, 16));
+                                                                  is_multiple(y, 16));
   HALO_LAUNCHED("where");
   return HALO_OK;
 }
@@ -468,7 +475,8 @@ void dense_strides(int32_t ndim, const int64_t *shape, int64_t *stride) {
 
 } // namespace
 
-halo_status halo_cuda_unary(halo_dtype t, int32_t kind, void *y, const void *x, int64_t n, double a, double b) {
+halo_status halo_cuda_unary(halo_dtype t, int32_t kind, void *y, const void *x, int64_t n, double a,
+                            double b) {
   HALO_ANY(t, T, return unary<T>(kind, y, x, n, a, b));
   return HALO_OK;
 }
@@ -486,9 +494,9 @@ halo_status halo_cuda_binary(halo_dtype t, int32_t kind, void *y, const void *a,
   return HALO_OK;
 }
 
-halo_status halo_cuda_binary_bwd(halo_dtype t, int32_t kind, void *da, void *db, const void *dy, const void *a,
-                                 const void *b, int32_t ndim, const int64_t *shape, const int64_t *stride_a,
-                                 const int64_t *stride_b) {
+halo_status halo_cuda_binary_bwd(halo_dtype t, int32_t kind, void *da, void *db, const void *dy,
+                                 const void *a, const void *b, int32_t ndim, const int64_t *shape,
+                                 const int64_t *stride_a, const int64_t *stride_b) {
   int64_t dense[HALO_MAX_DIMS];
   dense_strides(ndim, shape, dense);
   const int64_t *const stride[3] = {dense, stride_a, stride_b};
@@ -502,14 +510,15 @@ halo_status halo_cuda_compare(halo_dtype t, int32_t kind, uint8_t *y, const void
   const int64_t *const stride[2] = {stride_a, stride_b};
   const targets<1> to = {{y}};
   const sources<2> from = {{a, b}};
-  HALO_ANY(t, T, return (run_strided<uint8_t, T>("compare", to, from, ndim, shape, stride,
-                                                 compare_any<number_of<T>>{kind})));
+  HALO_ANY(t, T,
+           return (run_strided<uint8_t, T>("compare", to, from, ndim, shape, stride,
+                                           compare_any<number_of<T>>{kind})));
   return HALO_OK;
 }
 
-halo_status halo_cuda_where(int64_t bytes, void *y, const uint8_t *c, const void *a, const void *b, int32_t ndim,
-                            const int64_t *shape, const int64_t *stride_c, const int64_t *stride_a,
-                            const int64_t *stride_b) {
+halo_status halo_cuda_where(int64_t bytes, void *y, const uint8_t *c, const void *a, const void *b,
+                            int32_t ndim, const int64_t *shape, const int64_t *stride_c,
+                            const int64_t *stride_a, const int64_t *stride_b) {
   const int64_t *const stride[3] = {stride_c, stride_a, stride_b};
   HALO_BITS(bytes, T, return where<T>(y, c, a, b, ndim, shape, stride));
   return HALO_OK;

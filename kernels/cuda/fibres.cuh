@@ -14,8 +14,11 @@
  * on the shape alone, so sums are the same on any device, and always in one order. Segments leave their
  * states in scratch memory and a second kernel joins them.
  *
- *   inner = 1  a group of lanes (n <= GROUP_MOST) or a block reads a fibre, 16 bytes per access
- *   inner > 1  a block reads rows of COLUMNS accesses side by side, 256 / COLUMNS rows at a time
+ *   inner = 1  a group of lanes (n <= GROUP_MOST) or a block reads a fibre, 16 bytes per access; where a
+ *              lane has one access of a fibre only, it takes SHORT_ROWS fibres, all read before the first
+ *              is summed
+ *   inner > 1  a block reads rows of COLUMNS accesses side by side, 256 / COLUMNS rows at a time, or
+ *              several fibre groups when they are small
  */
 #ifndef HALO_CUDA_FIBRES_CUH
 #define HALO_CUDA_FIBRES_CUH
@@ -25,7 +28,7 @@
 
 namespace halo {
 
-enum { FIBRE_THREADS = 256, GROUP_MOST = 2048, COLUMNS = 32, BATCH = 4 };
+enum { FIBRE_THREADS = 256, GROUP_MOST = 2048, COLUMNS = 32, BATCH = 4, SHORT_ROWS = 4 };
 /* Blocks that fill any device of these years well; part of the arithmetic, so no property of one. */
 enum { BLOCKS_WANTED = 1024 };
 
@@ -37,8 +40,8 @@ struct fibres {
 
 template <int N> struct fibre_inputs { const void *at[N]; };
 
-/* Elements per access of the column kernel: small states in registers matter more than width. */
-template <class T> constexpr int column_lanes = lanes16<T> < 4 ? lanes16<T> : 4;
+/* Elements per access of the column kernel; each has a state in registers and in shared memory. */
+template <class T> constexpr int column_lanes = lanes16<T> < 8 ? lanes16<T> : 8;
 
 inline fibres cut(int64_t outer, int64_t n, int64_t inner, int64_t blocks, int64_t shortest) {
   fibres f = {outer, n, inner, 1, n};
@@ -105,8 +108,8 @@ __device__ __forceinline__ void add_run(const R &r, typename R::state &s, const 
 /* `group` lanes (a power of two, 32 at most) share a row; is_block: the block shares a segment. */
 template <class T, bool IS_BLOCK, class R>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-rows_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int group, bool is_aligned,
-            typename R::state *partial) {
+    rows_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int group, bool is_aligned,
+                typename R::state *partial) {
   using state = typename R::state;
   const int lanes = IS_BLOCK ? FIBRE_THREADS : group, lane = threadIdx.x % lanes;
   const int64_t unit = IS_BLOCK ? blockIdx.x : ((int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x) / group;
@@ -137,20 +140,59 @@ rows_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int group, bool is_a
   }
 }
 
-/* Columns side by side: thread (row, column) of the block takes every `rows`-th row of one access. */
+/* Rows of one access per lane: n = group * lanes16<T> at most, aligned. */
+template <class T, class R>
+__global__ void __launch_bounds__(FIBRE_THREADS)
+    short_rows_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int group) {
+  constexpr int V = lanes16<T>;
+  const int lane = threadIdx.x % group, rows = FIBRE_THREADS / group;
+  const int64_t first = (int64_t)blockIdx.x * (rows * SHORT_ROWS) + threadIdx.x / group;
+  const bool has = lane * V < f.n;
+  pack<T, V> run[SHORT_ROWS][R::INPUTS];
+#pragma unroll
+  for (int u = 0; u < SHORT_ROWS; u++) {
+    const int64_t o = first + u * rows;
+    if (!has || o >= f.outer) continue;
+#pragma unroll
+    for (int k = 0; k < R::INPUTS; k++)
+      run[u][k] = *(const pack<T, V> *)((const T *)x.at[k] + o * f.n + lane * V);
+  }
+#pragma unroll
+  for (int u = 0; u < SHORT_ROWS; u++) {
+    const int64_t o = first + u * rows;
+    typename R::state s = r.none(o < f.outer ? o : 0);
+    if (has && o < f.outer) {
+#pragma unroll
+      for (int e = 0; e < V; e++) {
+        number_of<T> in[R::INPUTS];
+#pragma unroll
+        for (int k = 0; k < R::INPUTS; k++) in[k] = number<T>::get(run[u][k].at[e]);
+        r.add(s, in, lane * V + e);
+      }
+      r.flush(s);
+    }
+    for (int h = group / 2; h > 0; h /= 2) r.join(s, shuffle_xor(s, h));
+    if (lane == 0 && o < f.outer) r.finish(o, s);
+  }
+}
+
+/* Columns side by side: thread (row, column) of a unit, which is a segment of fibres, takes every
+ * `rows`-th row of one access; a block has `together` units. */
 template <class T, int V, class R>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-columns_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int columns, int64_t column_blocks,
-               typename R::state *partial) {
+    columns_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int columns, int rows, int together,
+                   int64_t column_blocks, typename R::state *partial) {
   using state = typename R::state;
   __shared__ __align__(16) unsigned char shared[sizeof(state) * FIBRE_THREADS * V];
   state *const part = (state *)shared;
-  const int rows = FIBRE_THREADS / columns, row = threadIdx.x / columns, column = threadIdx.x % columns;
-  const int64_t unit = blockIdx.x / column_blocks;
-  const int64_t c = ((blockIdx.x - unit * column_blocks) * columns + column) * V;
-  const int64_t o = unit / f.segments, segment = unit - o * f.segments, begin = segment * f.length;
+  const int column = threadIdx.x % columns, row = threadIdx.x / columns % rows;
+  const int own = threadIdx.x / (columns * rows);
+  const int64_t units = blockIdx.x / column_blocks, unit = units * together + own;
+  const int64_t c = ((blockIdx.x - units * column_blocks) * columns + column) * V;
+  const bool is_there = own < together && unit < f.outer * f.segments && c < f.inner;
+  const int64_t o = is_there ? unit / f.segments : 0, segment = unit - o * f.segments,
+                begin = segment * f.length;
   const int64_t end = begin + f.length < f.n ? begin + f.length : f.n;
-  const bool is_there = row < rows && c < f.inner;
   state s[V];
 #pragma unroll
   for (int e = 0; e < V; e++) s[e] = r.none(is_there ? o * f.inner + c + e : 0);
@@ -187,12 +229,13 @@ columns_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int columns, int6
   while (half < rows) half *= 2;
   for (half /= 2; half > 0; half /= 2) {
     __syncthreads();
-    if (row < half && row + half < rows) {
+    if (own < together && row < half && row + half < rows) {
 #pragma unroll
-      for (int e = 0; e < V; e++) r.join(part[threadIdx.x * V + e], part[(threadIdx.x + half * columns) * V + e]);
+      for (int e = 0; e < V; e++)
+        r.join(part[threadIdx.x * V + e], part[(threadIdx.x + half * columns) * V + e]);
     }
   }
-  if (row > 0 || c >= f.inner) return;
+  if (row > 0 || !is_there) return;
 #pragma unroll
   for (int e = 0; e < V; e++) {
     if (partial != nullptr) {
@@ -206,7 +249,7 @@ columns_kernel(const R r, fibre_inputs<R::INPUTS> x, fibres f, int columns, int6
 /* One warp per fibre joins the states of its segments. */
 template <class R>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-join_kernel(const R r, fibres f, const typename R::state *partial) {
+    join_kernel(const R r, fibres f, const typename R::state *partial) {
   const int64_t fibre = ((int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x) / 32;
   if (fibre >= f.outer * f.inner) return;
   const int64_t o = fibre / f.inner, c = fibre - o * f.inner;
@@ -240,6 +283,12 @@ halo_status reduce_segments(const char *name, const R &r, fibre_inputs<R::INPUTS
     if (f.n <= GROUP_MOST) {
       int group = 1;
       while (group < 32 && group * (is_aligned ? lanes16<T> : 1) < f.n) group *= 2;
+      if (is_aligned && f.n > 0 && f.n <= group * lanes16<T> && partial == nullptr) {
+        HALO_TRY(blocks_of(&blocks, f.outer, FIBRE_THREADS / group * SHORT_ROWS));
+        short_rows_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>(r, x, f, group);
+        HALO_LAUNCHED(name);
+        return HALO_OK;
+      }
       HALO_TRY(blocks_of(&blocks, f.outer, FIBRE_THREADS / group));
       rows_kernel<T, false><<<blocks, FIBRE_THREADS, 0, stream>>>(r, x, f, group, is_aligned, partial);
     } else {
@@ -251,11 +300,18 @@ halo_status reduce_segments(const char *name, const R &r, fibre_inputs<R::INPUTS
     const int64_t accesses = f.inner / v;
     const int columns = accesses < COLUMNS ? (int)accesses : COLUMNS;
     const int64_t column_blocks = (accesses + columns - 1) / columns;
-    HALO_TRY(blocks_of(&blocks, f.outer * f.segments * column_blocks, 1));
+    // Eight elements to a thread at least.
+    const int64_t wanted = f.length > 8 ? (f.length + 7) / 8 : 1;
+    const int rows = wanted < FIBRE_THREADS / columns ? (int)wanted : FIBRE_THREADS / columns;
+    const int together = FIBRE_THREADS / (columns * rows);
+    const int64_t unit_blocks = (f.outer * f.segments + together - 1) / together;
+    HALO_TRY(blocks_of(&blocks, unit_blocks * column_blocks, 1));
     if (v > 1) {
-      columns_kernel<T, column_lanes<T>><<<blocks, FIBRE_THREADS, 0, stream>>>(r, x, f, columns, column_blocks, partial);
+      columns_kernel<T, column_lanes<T>>
+          <<<blocks, FIBRE_THREADS, 0, stream>>>(r, x, f, columns, rows, together, column_blocks, partial);
     } else {
-      columns_kernel<T, 1><<<blocks, FIBRE_THREADS, 0, stream>>>(r, x, f, columns, column_blocks, partial);
+      columns_kernel<T, 1>
+          <<<blocks, FIBRE_THREADS, 0, stream>>>(r, x, f, columns, rows, together, column_blocks, partial);
     }
   }
   HALO_LAUNCHED(name);
@@ -293,8 +349,8 @@ halo_status reduce_fibres(const char *name, const R &r, fibre_inputs<R::INPUTS> 
 
 template <class T, class M>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-map_kernel(const M m, T *y, fibre_inputs<M::INPUTS> x, int64_t count, int64_t inner, divider by_n,
-           divider by_inner, bool is_aligned) {
+    map_kernel(const M m, T *y, fibre_inputs<M::INPUTS> x, int64_t count, int64_t inner, divider by_n,
+               divider by_inner, bool is_aligned) {
   constexpr int V = lanes16<T>;
   const int64_t i = ((int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x) * V;
   if (i >= count) return;
@@ -340,16 +396,16 @@ map_kernel(const M m, T *y, fibre_inputs<M::INPUTS> x, int64_t count, int64_t in
 }
 
 template <class T, class M>
-halo_status map_fibres(const char *name, const M &m, void *y, fibre_inputs<M::INPUTS> x, int64_t outer, int64_t n,
-                       int64_t inner) {
+halo_status map_fibres(const char *name, const M &m, void *y, fibre_inputs<M::INPUTS> x, int64_t outer,
+                       int64_t n, int64_t inner) {
   const int64_t count = outer * n * inner;
   if (count <= 0) return HALO_OK;
   const bool is_wide = count >= (int64_t)1 << 31;
   const bool is_aligned = count % lanes16<T> == 0 && all_aligned(x, 16) && is_multiple(y, 16);
   unsigned blocks = 0;
   HALO_TRY(blocks_of(&blocks, count, FIBRE_THREADS * lanes16<T>));
-  map_kernel<T><<<blocks, FIBRE_THREADS, 0, halo__cuda_stream()>>>(m, (T *)y, x, count, inner, divider(n, is_wide),
-                                                                   divider(inner, is_wide), is_aligned);
+  map_kernel<T><<<blocks, FIBRE_THREADS, 0, halo__cuda_stream()>>>(
+      m, (T *)y, x, count, inner, divider(n, is_wide), divider(inner, is_wide), is_aligned);
   HALO_LAUNCHED(name);
   return HALO_OK;
 }

@@ -32,8 +32,8 @@ __device__ __forceinline__ bool is_inside(int64_t index, int64_t n, int64_t wher
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-gather_kernel(T *y, const T *x, const int64_t *index, int64_t count, int64_t n, divider by_inner, divider by_m,
-              halo__cuda_report *slot) {
+    gather_kernel(T *y, const T *x, const int64_t *index, int64_t count, int64_t n, divider by_inner,
+                  divider by_m, halo__cuda_report *slot) {
   const int64_t first = (int64_t)blockIdx.x * (THREADS * AHEAD) + threadIdx.x;
   int64_t at[AHEAD];
 #pragma unroll
@@ -51,7 +51,8 @@ gather_kernel(T *y, const T *x, const int64_t *index, int64_t count, int64_t n, 
 }
 
 template <class T>
-halo_status gather(void *y, const void *x, const int64_t *index, int64_t outer, int64_t n, int64_t m, int64_t inner) {
+halo_status gather(void *y, const void *x, const int64_t *index, int64_t outer, int64_t n, int64_t m,
+                   int64_t inner) {
   const int64_t count = outer * m * inner;
   if (count <= 0) return HALO_OK;
   const bool is_wide = count >= (int64_t)1 << 31;
@@ -64,21 +65,25 @@ halo_status gather(void *y, const void *x, const int64_t *index, int64_t outer, 
   return HALO_OK;
 }
 
-struct alignas(16) bits_128 { uint64_t a, b; };
+struct alignas(16) bits_128 {
+  uint64_t a, b;
+};
 
 /* Rows of `by_row.d` units. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-take_kernel(T *y, const T *x, const int64_t *index, int64_t count, int64_t n, divider by_row, divider by_m,
-            halo__cuda_report *slot) {
+    take_kernel(T *y, const T *x, const int64_t *index, int64_t count, int64_t n, divider by_row,
+                divider by_m, halo__cuda_report *slot) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
-  const int64_t row = by_row.of(i), c = i - row * by_row.d, o = by_m.of(row), j = row - o * by_m.d, from = index[j];
+  const int64_t row = by_row.of(i), c = i - row * by_row.d, o = by_m.of(row), j = row - o * by_m.d,
+                from = index[j];
   y[i] = is_inside(from, n, j, slot) ? x[(o * n + from) * by_row.d + c] : T{};
 }
 
 template <class T>
-halo_status take(void *y, const void *x, const int64_t *index, int64_t outer, int64_t n, int64_t m, int64_t bytes) {
+halo_status take(void *y, const void *x, const int64_t *index, int64_t outer, int64_t n, int64_t m,
+                 int64_t bytes) {
   const int64_t units = bytes / (int64_t)sizeof(T), count = outer * m * units;
   const bool is_wide = count >= (int64_t)1 << 31;
   unsigned blocks = 0;
@@ -104,8 +109,8 @@ template <class T> __device__ __forceinline__ sum_type<T> addend(T x) {
 /* One thread per column (o, c). index [outer, m, inner], or [m] when IS_TAKE. */
 template <class T, bool IS_TAKE>
 __global__ void __launch_bounds__(THREADS)
-add_columns_kernel(sum_type<T> *y, const T *x, const int64_t *index, int64_t outer, int64_t n, int64_t m, int64_t inner,
-                   halo__cuda_report *slot) {
+    add_columns_kernel(sum_type<T> *y, const T *x, const int64_t *index, int64_t outer, int64_t n, int64_t m,
+                       int64_t inner, halo__cuda_report *slot) {
   const int64_t column = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (column >= outer * inner) return;
   const int64_t o = column / inner, c = column - o * inner;
@@ -130,8 +135,8 @@ add_columns_kernel(sum_type<T> *y, const T *x, const int64_t *index, int64_t out
 
 /* Where each element goes; behind all places if nowhere. */
 __global__ void __launch_bounds__(THREADS)
-place_kernel(uint64_t *key, uint32_t *item, const int64_t *index, int64_t count, int64_t n, int64_t m, int64_t inner,
-             int64_t nowhere, halo__cuda_report *slot) {
+    place_kernel(uint64_t *key, uint32_t *item, const int64_t *index, int64_t count, int64_t n, int64_t m,
+                 int64_t inner, int64_t nowhere, halo__cuda_report *slot) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
   const int64_t row = i / inner, c = i - row * inner, o = row / m, at = index[i];
@@ -144,8 +149,8 @@ place_kernel(uint64_t *key, uint32_t *item, const int64_t *index, int64_t count,
  * items are rows j. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-add_runs_kernel(sum_type<T> *y, const T *x, const uint64_t *key, const uint32_t *item, int64_t count, int64_t nowhere,
-                int64_t outer, int64_t n, int64_t m, int64_t inner) {
+    add_runs_kernel(sum_type<T> *y, const T *x, const uint64_t *key, const uint32_t *item, int64_t count,
+                    int64_t nowhere, int64_t outer, int64_t n, int64_t m, int64_t inner) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, columns = outer * inner;
   const int64_t p = i / columns, column = i - p * columns, o = column / inner, c = column - o * inner;
   if (p >= count) return;
@@ -172,17 +177,19 @@ add_runs_kernel(sum_type<T> *y, const T *x, const uint64_t *key, const uint32_t 
 }
 
 template <class T, bool IS_TAKE>
-halo_status add_at(void *y, const void *x, const int64_t *index, int64_t outer, int64_t n, int64_t m, int64_t inner) {
+halo_status add_at(void *y, const void *x, const int64_t *index, int64_t outer, int64_t n, int64_t m,
+                   int64_t inner) {
   if (outer * m * inner <= 0) return HALO_OK;
   cudaStream_t stream = halo__cuda_stream();
   // What is sorted: the m indices of take_add, every element of scatter_add.
   const int64_t count = IS_TAKE ? m : outer * m * inner, nowhere = IS_TAKE ? n : outer * n * inner;
-  const bool by_columns = m <= FEW || count >= (int64_t)1 << 32 || (!IS_TAKE && outer * inner >= COLUMNS_ENOUGH);
+  const bool by_columns =
+      m <= FEW || count >= (int64_t)1 << 32 || (!IS_TAKE && outer * inner >= COLUMNS_ENOUGH);
   unsigned blocks = 0;
   if (by_columns) {
     HALO_TRY(blocks_of(&blocks, outer * inner, THREADS));
-    add_columns_kernel<T, IS_TAKE><<<blocks, THREADS, 0, stream>>>((sum_type<T> *)y, (const T *)x, index, outer, n, m,
-                                                                   inner, halo__cuda_report_slot());
+    add_columns_kernel<T, IS_TAKE><<<blocks, THREADS, 0, stream>>>(
+        (sum_type<T> *)y, (const T *)x, index, outer, n, m, inner, halo__cuda_report_slot());
     HALO_LAUNCHED("add by columns");
     return HALO_OK;
   }
@@ -193,7 +200,8 @@ halo_status add_at(void *y, const void *x, const int64_t *index, int64_t outer, 
   uint32_t *const item = items.as<uint32_t>(), *const order = item + count;
   HALO_TRY(blocks_of(&blocks, count, THREADS));
   if (IS_TAKE) {
-    place_kernel<<<blocks, THREADS, 0, stream>>>(key, item, index, count, n, m, 1, nowhere, halo__cuda_report_slot());
+    place_kernel<<<blocks, THREADS, 0, stream>>>(key, item, index, count, n, m, 1, nowhere,
+                                                 halo__cuda_report_slot());
   } else {
     place_kernel<<<blocks, THREADS, 0, stream>>>(key, item, index, count, n, m, inner, nowhere,
                                                  halo__cuda_report_slot());
@@ -202,12 +210,12 @@ halo_status add_at(void *y, const void *x, const int64_t *index, int64_t outer, 
   HALO_TRY(halo__cuda_sort_pairs(sorted, order, key, item, count, halo__bits_of(nowhere + 1)));
   if (IS_TAKE) {
     HALO_TRY(blocks_of(&blocks, count * outer * inner, THREADS));
-    add_runs_kernel<T><<<blocks, THREADS, 0, stream>>>((sum_type<T> *)y, (const T *)x, sorted, order, count, nowhere,
-                                                       outer, n, m, inner);
+    add_runs_kernel<T><<<blocks, THREADS, 0, stream>>>((sum_type<T> *)y, (const T *)x, sorted, order, count,
+                                                       nowhere, outer, n, m, inner);
   } else {
     // Places and items are whole addresses: one column, of which everything is a row.
-    add_runs_kernel<T><<<blocks, THREADS, 0, stream>>>((sum_type<T> *)y, (const T *)x, sorted, order, count, nowhere, 1,
-                                                       nowhere, count, 1);
+    add_runs_kernel<T><<<blocks, THREADS, 0, stream>>>((sum_type<T> *)y, (const T *)x, sorted, order, count,
+                                                       nowhere, 1, nowhere, count, 1);
   }
   HALO_LAUNCHED("add by runs");
   return HALO_OK;
@@ -215,7 +223,7 @@ halo_status add_at(void *y, const void *x, const int64_t *index, int64_t outer, 
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-one_hot_kernel(T *y, const int64_t *index, int64_t count, int64_t classes, halo__cuda_report *slot) {
+    one_hot_kernel(T *y, const int64_t *index, int64_t count, int64_t classes, halo__cuda_report *slot) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
   const int64_t at = index[i];
@@ -227,28 +235,28 @@ template <class T> halo_status one_hot(void *y, const int64_t *index, int64_t co
   unsigned blocks = 0;
   HALO_TRY(blocks_of(&blocks, count, THREADS));
   HALO_TRY(halo_cuda_zero(y, count * classes * (int64_t)sizeof(T)));
-  one_hot_kernel<T><<<blocks, THREADS, 0, halo__cuda_stream()>>>((T *)y, index, count, classes,
-                                                                 halo__cuda_report_slot());
+  one_hot_kernel<T>
+      <<<blocks, THREADS, 0, halo__cuda_stream()>>>((T *)y, index, count, classes, halo__cuda_report_slot());
   HALO_LAUNCHED("one_hot");
   return HALO_OK;
 }
 
 } // namespace
 
-halo_status halo_cuda_gather(int64_t bytes, void *y, const void *x, const int64_t *index, int64_t outer, int64_t n,
-                             int64_t m, int64_t inner) {
+halo_status halo_cuda_gather(int64_t bytes, void *y, const void *x, const int64_t *index, int64_t outer,
+                             int64_t n, int64_t m, int64_t inner) {
   HALO_BITS(bytes, T, return gather<T>(y, x, index, outer, n, m, inner));
   return HALO_OK;
 }
 
-halo_status halo_cuda_scatter_add(halo_dtype t, void *y, const void *x, const int64_t *index, int64_t outer, int64_t n,
-                                  int64_t m, int64_t inner) {
+halo_status halo_cuda_scatter_add(halo_dtype t, void *y, const void *x, const int64_t *index, int64_t outer,
+                                  int64_t n, int64_t m, int64_t inner) {
   HALO_ANY(t, T, return (add_at<T, false>(y, x, index, outer, n, m, inner)));
   return HALO_OK;
 }
 
-halo_status halo_cuda_take(int64_t bytes, void *y, const void *x, const int64_t *index, int64_t outer, int64_t n,
-                           int64_t m, int64_t inner) {
+halo_status halo_cuda_take(int64_t bytes, void *y, const void *x, const int64_t *index, int64_t outer,
+                           int64_t n, int64_t m, int64_t inner) {
   const int64_t row = inner * bytes;
   if (outer * m * row <= 0) return HALO_OK;
   if (row % 16 == 0 && is_multiple(y, 16) && is_multiple(x, 16)) {
@@ -258,8 +266,8 @@ halo_status halo_cuda_take(int64_t bytes, void *y, const void *x, const int64_t 
   return HALO_OK;
 }
 
-halo_status halo_cuda_take_add(halo_dtype t, void *y, const void *x, const int64_t *index, int64_t outer, int64_t n,
-                               int64_t m, int64_t inner) {
+halo_status halo_cuda_take_add(halo_dtype t, void *y, const void *x, const int64_t *index, int64_t outer,
+                               int64_t n, int64_t m, int64_t inner) {
   HALO_ANY(t, T, return (add_at<T, true>(y, x, index, outer, n, m, inner)));
   return HALO_OK;
 }

@@ -20,8 +20,8 @@ enum { THREADS = 256 };
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-triangle_kernel(T *y, const T *x, int64_t count, divider by_cols, divider by_rows, int64_t diagonal, bool is_upper,
-                bool is_aligned) {
+    triangle_kernel(T *y, const T *x, int64_t count, divider by_cols, divider by_rows, int64_t diagonal,
+                    bool is_upper, bool is_aligned) {
   constexpr int V = lanes16<T>;
   const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
   if (i >= count) return;
@@ -68,8 +68,8 @@ halo_status triangle(void *y, const void *x, int64_t outer, int64_t rows, int64_
 /* Eight elements per thread: two counters, of which every number is used. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-dropout_kernel(T *y, const T *x, int64_t n, uint32_t threshold, acc_of<T> scale, uint64_t seed, uint64_t stream,
-               bool is_aligned) {
+    dropout_kernel(T *y, const T *x, int64_t n, uint32_t threshold, acc_of<T> scale, uint64_t seed,
+                   uint64_t stream, bool is_aligned) {
   constexpr int V = lanes16<T>, E = 8;
   const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * E;
   if (i >= n) return;
@@ -121,16 +121,16 @@ halo_status dropout(void *y, const void *x, int64_t n, double p, uint64_t seed, 
   unsigned blocks = 0;
   HALO_TRY(blocks_of(&blocks, n, THREADS * 8));
   dropout_kernel<T><<<blocks, THREADS, 0, halo__cuda_stream()>>>(
-      (T *)y, (const T *)x, n, threshold > UINT32_MAX ? UINT32_MAX : (uint32_t)threshold, (acc_of<T>)scale, seed,
-      stream, is_multiple(y, 16) && is_multiple(x, 16));
+      (T *)y, (const T *)x, n, threshold > UINT32_MAX ? UINT32_MAX : (uint32_t)threshold, (acc_of<T>)scale,
+      seed, stream, is_multiple(y, 16) && is_multiple(x, 16));
   HALO_LAUNCHED("dropout");
   return HALO_OK;
 }
 
 } // namespace
 
-halo_status halo_cuda_triangle(int64_t bytes, void *y, const void *x, int64_t outer, int64_t rows, int64_t cols,
-                               int64_t diagonal, int32_t is_upper) {
+halo_status halo_cuda_triangle(int64_t bytes, void *y, const void *x, int64_t outer, int64_t rows,
+                               int64_t cols, int64_t diagonal, int32_t is_upper) {
   HALO_BITS(bytes, T, return triangle<T>(y, x, outer, rows, cols, diagonal, is_upper != 0));
   return HALO_OK;
 }

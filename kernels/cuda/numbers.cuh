@@ -23,15 +23,15 @@ struct wrapping {
   wrapping() = default;
   __host__ __device__ constexpr wrapping(int64_t x) : v(x) {}
 };
-#define HALO_WRAPPING(op)                                                                 \
-  __device__ __forceinline__ wrapping operator op(wrapping a, wrapping b) {               \
-    return wrapping((int64_t)((uint64_t)a.v op(uint64_t) b.v));                           \
+#define HALO_WRAPPING(op)                                                                                    \
+  __device__ __forceinline__ wrapping operator op(wrapping a, wrapping b) {                                  \
+    return wrapping((int64_t)((uint64_t)a.v op(uint64_t) b.v));                                              \
   }
 HALO_WRAPPING(+)
 HALO_WRAPPING(-)
 HALO_WRAPPING(*)
 #undef HALO_WRAPPING
-#define HALO_WRAPPING(op)                                                                 \
+#define HALO_WRAPPING(op)                                                                                    \
   __device__ __forceinline__ bool operator op(wrapping a, wrapping b) { return a.v op b.v; }
 HALO_WRAPPING(<)
 HALO_WRAPPING(<=)
@@ -71,8 +71,8 @@ template <> struct limits<double> {
   static __device__ __forceinline__ double nan() { return CUDART_NAN; }
 };
 
-#define HALO_MATH(NAME, single, twice)                                                    \
-  __device__ __forceinline__ float NAME(float x) { return single(x); }                    \
+#define HALO_MATH(NAME, single, twice)                                                                       \
+  __device__ __forceinline__ float NAME(float x) { return single(x); }                                       \
   __device__ __forceinline__ double NAME(double x) { return twice(x); }
 HALO_MATH(EXP, expf, exp)
 HALO_MATH(LOG, logf, log)
@@ -82,15 +82,11 @@ HALO_MATH(ERF, erff, erf)
 HALO_MATH(FLOOR, floorf, floor)
 HALO_MATH(CEIL, ceilf, ceil)
 HALO_MATH(ROUND, rintf, rint)
-#undef HALO_MATH
-/* Long functions are called: in line, 8 or 16 times per kernel, they would take minutes to compile. */
-#define HALO_MATH(NAME, single, twice)                                                    \
-  static __device__ __noinline__ float NAME(float x) { return single(x); }                \
-  __device__ __forceinline__ double NAME(double x) { return twice(x); }
+HALO_MATH(LOG1P, log1pf, log1p)
 HALO_MATH(SIN, sinf, sin)
 HALO_MATH(COS, cosf, cos)
-HALO_MATH(LOG1P, log1pf, log1p)
 #undef HALO_MATH
+/* A hundred instructions: in line, 8 or 16 times per kernel, it would take minutes to compile. */
 static __device__ __noinline__ float POW(float x, float y) { return powf(x, y); }
 __device__ __forceinline__ double POW(double x, double y) { return pow(x, y); }
 __device__ __forceinline__ float SIGMOID(float x) {
@@ -103,23 +99,63 @@ __device__ __forceinline__ double SIGMOID(double x) { return 1 / (1 + exp(-x)); 
 } // namespace halo
 
 /* `statement` with T the storage type of any dtype. */
-#define HALO_ANY(t, T, ...)                                                               \
-  switch (t) {                                                                            \
-  case HALO_F32: { using T = float; __VA_ARGS__; break; }                                 \
-  case HALO_F64: { using T = double; __VA_ARGS__; break; }                                \
-  case HALO_BF16: { using T = __nv_bfloat16; __VA_ARGS__; break; }                        \
-  case HALO_I32: { using T = int32_t; __VA_ARGS__; break; }                               \
-  case HALO_I64: { using T = int64_t; __VA_ARGS__; break; }                               \
-  case HALO_U8: { using T = uint8_t; __VA_ARGS__; break; }                                \
-  default: return halo__error(HALO_EARG, "%s: no such dtype", __func__);                  \
+#define HALO_ANY(t, T, ...)                                                                                  \
+  switch (t) {                                                                                               \
+  case HALO_F32: {                                                                                           \
+    using T = float;                                                                                         \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case HALO_F64: {                                                                                           \
+    using T = double;                                                                                        \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case HALO_BF16: {                                                                                          \
+    using T = __nv_bfloat16;                                                                                 \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case HALO_I32: {                                                                                           \
+    using T = int32_t;                                                                                       \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case HALO_I64: {                                                                                           \
+    using T = int64_t;                                                                                       \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case HALO_U8: {                                                                                            \
+    using T = uint8_t;                                                                                       \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  default: return halo__error(HALO_EARG, "%s: no such dtype", __func__);                                     \
   }
 /* `statement` with T the storage type of an element of 1, 2, 4 or 8 bytes. */
-#define HALO_BITS(bytes, T, ...)                                                          \
-  switch (bytes) {                                                                        \
-  case 1: { using T = uint8_t; __VA_ARGS__; break; }                                      \
-  case 2: { using T = uint16_t; __VA_ARGS__; break; }                                     \
-  case 4: { using T = uint32_t; __VA_ARGS__; break; }                                     \
-  case 8: { using T = uint64_t; __VA_ARGS__; break; }                                     \
-  default: return halo__error(HALO_EARG, "%s: no elements have %lld bytes", __func__, (long long)(bytes)); \
+#define HALO_BITS(bytes, T, ...)                                                                             \
+  switch (bytes) {                                                                                           \
+  case 1: {                                                                                                  \
+    using T = uint8_t;                                                                                       \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case 2: {                                                                                                  \
+    using T = uint16_t;                                                                                      \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case 4: {                                                                                                  \
+    using T = uint32_t;                                                                                      \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  case 8: {                                                                                                  \
+    using T = uint64_t;                                                                                      \
+    __VA_ARGS__;                                                                                             \
+    break;                                                                                                   \
+  }                                                                                                          \
+  default: return halo__error(HALO_EARG, "%s: no elements have %lld bytes", __func__, (long long)(bytes));   \
   }
 #endif

@@ -37,15 +37,21 @@ template <class T, class Y> struct sums {
     s.lane = 0;
   }
   __device__ __forceinline__ void join(state &a, const state &b) const { a.total += b.total; }
-  __device__ __forceinline__ void finish(int64_t f, const state &s) const { y[f] = store<Y>((acc_of<Y>)(s.total * scale)); }
+  __device__ __forceinline__ void finish(int64_t f, const state &s) const {
+    y[f] = store<Y>((acc_of<Y>)(s.total * scale));
+  }
 };
 
 template <class T> struct integer_sums {
   enum { INPUTS = 1 };
-  struct state { uint64_t total; };
+  struct state {
+    uint64_t total;
+  };
   int64_t *y;
   __device__ __forceinline__ state none(int64_t) const { return state{0}; }
-  __device__ __forceinline__ void add(state &s, const wrapping (&x)[1], int64_t) const { s.total += (uint64_t)x[0].v; }
+  __device__ __forceinline__ void add(state &s, const wrapping (&x)[1], int64_t) const {
+    s.total += (uint64_t)x[0].v;
+  }
   __device__ __forceinline__ void flush(state &) const {}
   __device__ __forceinline__ void join(state &a, const state &b) const { a.total += b.total; }
   __device__ __forceinline__ void finish(int64_t f, const state &s) const { y[f] = (int64_t)s.total; }
@@ -54,7 +60,9 @@ template <class T> struct integer_sums {
 template <class T> struct products {
   using acc = acc_of<T>;
   enum { INPUTS = 1 };
-  struct state { double product; };
+  struct state {
+    double product;
+  };
   T *y;
   __device__ __forceinline__ state none(int64_t) const { return state{1}; }
   __device__ __forceinline__ void add(state &s, const acc (&x)[1], int64_t) const { s.product *= x[0]; }
@@ -67,7 +75,9 @@ template <class T> struct products {
 template <class T> struct deviations {
   using acc = acc_of<T>;
   enum { INPUTS = 1 };
-  struct state { double mean, total; };
+  struct state {
+    double mean, total;
+  };
   T *y;
   const double *mean;
   double n, correction;
@@ -89,43 +99,57 @@ template <class T> struct deviation_map {
   const T *dy;
   const double *mean;
   double divisor;
-  struct pair { double scale, mean; };
+  struct pair {
+    double scale, mean;
+  };
   __device__ __forceinline__ pair of(int64_t f) const { return pair{2 * load(dy[f]) / divisor, mean[f]}; }
-  __device__ __forceinline__ acc value(const pair &p, const acc (&x)[1]) const { return (acc)(p.scale * (x[0] - p.mean)); }
+  __device__ __forceinline__ acc value(const pair &p, const acc (&x)[1]) const {
+    return (acc)(p.scale * (x[0] - p.mean));
+  }
 };
 
-/* The first of the best; the first NaN before all. */
+/* Order turned around, exactly. */
+__device__ __forceinline__ float turned(float x) { return -x; }
+__device__ __forceinline__ double turned(double x) { return -x; }
+__device__ __forceinline__ wrapping turned(wrapping x) { return wrapping(~x.v); }
+__device__ __forceinline__ void lowest(float *x) { *x = -limits<float>::infinity(); }
+__device__ __forceinline__ void lowest(double *x) { *x = -limits<double>::infinity(); }
+__device__ __forceinline__ void lowest(wrapping *x) { *x = wrapping(INT64_MIN); }
+
+/* The first of the largest; the first NaN before all. Nothing is above what a fibre of -inf alone holds,
+ * so that keeps at = NOWHERE, which stands for its first place. */
 template <class T> struct extremes {
   using acc = number_of<T>;
   enum { INPUTS = 1 };
+  static constexpr int64_t NOWHERE = INT64_MAX;
   struct state {
-    int64_t at; /* -1: none yet */
-    acc best;
+    int64_t at;
+    acc best; /* turned around for the smallest */
     uint32_t pad;
   };
   T *y;
   int64_t *index;
   bool is_max;
-  __device__ __forceinline__ bool is_better(acc a, acc b) const { return is_max ? a > b : a < b; }
-  __device__ __forceinline__ state none(int64_t) const { return state{-1, (acc)0, 0}; }
+  __device__ __forceinline__ state none(int64_t) const {
+    state s = {NOWHERE, (acc)0, 0};
+    lowest(&s.best);
+    return s;
+  }
   __device__ __forceinline__ void add(state &s, const acc (&x)[1], int64_t j) const {
-    if (s.at < 0 || (!is_nan(s.best) && (is_better(x[0], s.best) || is_nan(x[0])))) {
-      s.best = x[0];
+    const acc v = is_max ? x[0] : turned(x[0]);
+    if (!(v <= s.best) && s.best == s.best) {
+      s.best = v;
       s.at = j;
     }
   }
   __device__ __forceinline__ void flush(state &) const {}
   __device__ __forceinline__ void join(state &a, const state &b) const {
-    bool takes = b.at >= 0;
-    if (takes && a.at >= 0) {
-      const bool alike = is_nan(a.best) ? is_nan(b.best) : a.best == b.best;
-      takes = alike ? b.at < a.at : !is_nan(a.best) && (is_better(b.best, a.best) || is_nan(b.best));
-    }
-    if (takes) a = b;
+    const bool is_tie = is_nan(a.best) ? is_nan(b.best) : a.best == b.best;
+    if (is_tie ? b.at < a.at : !is_nan(a.best) && !(b.best <= a.best)) a = b;
   }
   __device__ __forceinline__ void finish(int64_t f, const state &s) const {
-    if (y != nullptr) y[f] = number<T>::put(s.best);
-    if (index != nullptr) index[f] = s.at;
+    if (y != nullptr) y[f] = number<T>::put(is_max ? s.best : turned(s.best));
+    if (index != nullptr) index[f] = s.at == NOWHERE ? 0 : s.at;
   }
 };
 
@@ -139,8 +163,8 @@ halo_status variance(void *y, const void *x, int64_t outer, int64_t n, int64_t i
   scratch mean;
   HALO_TRY(mean.get(outer * inner * (int64_t)sizeof(double)));
   HALO_TRY(means<T>(mean.as<double>(), x, outer, n, inner));
-  return reduce_fibres<T>("variance", deviations<T>{(T *)y, mean.as<double>(), (double)n, correction}, {{x}}, outer,
-                          n, inner);
+  return reduce_fibres<T>("variance", deviations<T>{(T *)y, mean.as<double>(), (double)n, correction}, {{x}},
+                          outer, n, inner);
 }
 
 template <class T>
@@ -150,8 +174,9 @@ halo_status variance_bwd(void *dx, const void *dy, const void *x, int64_t outer,
   scratch mean;
   HALO_TRY(mean.get(outer * inner * (int64_t)sizeof(double)));
   HALO_TRY(means<T>(mean.as<double>(), x, outer, n, inner));
-  return map_fibres<T>("variance_bwd", deviation_map<T>{(const T *)dy, mean.as<double>(), (double)n - correction}, dx,
-                       {{x}}, outer, n, inner);
+  return map_fibres<T>("variance_bwd",
+                       deviation_map<T>{(const T *)dy, mean.as<double>(), (double)n - correction}, dx, {{x}},
+                       outer, n, inner);
 }
 
 /* ---- running sums and products -------------------------------------------------------------------- */
@@ -198,7 +223,8 @@ __global__ void __launch_bounds__(FIBRE_THREADS) block_sums_kernel(scan<T> *sum,
   const int64_t end = (s + 1) * f.length < f.n ? (s + 1) * f.length : f.n;
   scan<T> total = 0;
 #pragma unroll 4
-  for (int64_t j = s * f.length + threadIdx.x; j < end; j += FIBRE_THREADS) total += scan_get<T>(x[o * f.n + j]);
+  for (int64_t j = s * f.length + threadIdx.x; j < end; j += FIBRE_THREADS)
+    total += scan_get<T>(x[o * f.n + j]);
   total = block_sum<FIBRE_THREADS>(total);
   if (threadIdx.x == 0) sum[blockIdx.x] = total;
 }
@@ -224,7 +250,7 @@ __global__ void __launch_bounds__(FIBRE_THREADS) segment_scan_kernel(S *sum, fib
 /* One thread walks a segment. */
 template <class T>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-thread_cumsum_kernel(T *y, const T *x, const scan<T> *before, fibres f, bool is_reversed) {
+    thread_cumsum_kernel(T *y, const T *x, const scan<T> *before, fibres f, bool is_reversed) {
   const int64_t i = (int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x;
   if (i >= f.outer * f.segments * f.inner) return;
   const int64_t row = i / f.inner, c = i - row * f.inner, o = row / f.segments, s = row - o * f.segments;
@@ -242,7 +268,7 @@ thread_cumsum_kernel(T *y, const T *x, const scan<T> *before, fibres f, bool is_
  * through shared memory, so that threads of a warp touch neighbours and yet own runs. */
 template <class T>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-block_cumsum_kernel(T *y, const T *x, const scan<T> *before, fibres f, bool is_reversed) {
+    block_cumsum_kernel(T *y, const T *x, const scan<T> *before, fibres f, bool is_reversed) {
   enum { ITEMS = 8, WARPS = FIBRE_THREADS / 32 };
   using S = scan<T>;
   __shared__ S tile[FIBRE_THREADS * (ITEMS + 1)]; // a run of 8 is 9 apart: no two in a bank
@@ -292,7 +318,8 @@ template <class T>
 halo_status cumsum(void *y, const void *x, int64_t outer, int64_t n, int64_t inner, bool is_reversed) {
   if (outer * n * inner <= 0) return HALO_OK;
   const bool by_blocks = inner == 1 && n > 128;
-  const fibres f = by_blocks ? cut(outer, n, 1, outer, 8192) : cut(outer, n, inner, (outer * inner + 255) / 256, 64);
+  const fibres f =
+      by_blocks ? cut(outer, n, 1, outer, 8192) : cut(outer, n, inner, (outer * inner + 255) / 256, 64);
   cudaStream_t stream = halo__cuda_stream();
   scratch before;
   unsigned blocks = 0;
@@ -301,7 +328,8 @@ halo_status cumsum(void *y, const void *x, int64_t outer, int64_t n, int64_t inn
   if (f.segments > 1) {
     unsigned warps = 0;
     HALO_TRY(before.get(f.count() * f.segments * (int64_t)sizeof(scan<T>)));
-    if (by_blocks) block_sums_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>(before.as<scan<T>>(), (const T *)x, f);
+    if (by_blocks)
+      block_sums_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>(before.as<scan<T>>(), (const T *)x, f);
     else segment_sums_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>(before.as<scan<T>>(), (const T *)x, f);
     HALO_LAUNCHED("cumsum: sums of segments");
     HALO_TRY(blocks_of(&warps, f.count(), FIBRE_THREADS / 32));
@@ -309,8 +337,10 @@ halo_status cumsum(void *y, const void *x, int64_t outer, int64_t n, int64_t inn
     HALO_LAUNCHED("cumsum: sums before segments");
   }
   const scan<T> *const base = before.as<scan<T>>();
-  if (by_blocks) block_cumsum_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>((T *)y, (const T *)x, base, f, is_reversed);
-  else thread_cumsum_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>((T *)y, (const T *)x, base, f, is_reversed);
+  if (by_blocks)
+    block_cumsum_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>((T *)y, (const T *)x, base, f, is_reversed);
+  else
+    thread_cumsum_kernel<T><<<blocks, FIBRE_THREADS, 0, stream>>>((T *)y, (const T *)x, base, f, is_reversed);
   HALO_LAUNCHED("cumsum");
   return HALO_OK;
 }
@@ -318,7 +348,8 @@ halo_status cumsum(void *y, const void *x, int64_t outer, int64_t n, int64_t inn
 /* prod_bwd, without dividing: the product before each element, then the product after it. `product`
  * holds those of whole segments, then what comes before (first half) and after them. */
 template <class T>
-__global__ void __launch_bounds__(FIBRE_THREADS) segment_products_kernel(double *product, const T *x, fibres f) {
+__global__ void __launch_bounds__(FIBRE_THREADS)
+    segment_products_kernel(double *product, const T *x, fibres f) {
   const int64_t i = (int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x;
   if (i >= f.outer * f.segments * f.inner) return;
   const int64_t row = i / f.inner, c = i - row * f.inner, o = row / f.segments, s = row - o * f.segments;
@@ -329,7 +360,7 @@ __global__ void __launch_bounds__(FIBRE_THREADS) segment_products_kernel(double 
 }
 template <class T>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-products_around_kernel(double *before, double *after, const T *dy, fibres f) {
+    products_around_kernel(double *before, double *after, const T *dy, fibres f) {
   const int64_t fibre = (int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x;
   if (fibre >= f.outer * f.inner) return;
   const int64_t o = fibre / f.inner, c = fibre - o * f.inner, first = o * f.segments * f.inner + c;
@@ -347,7 +378,7 @@ products_around_kernel(double *before, double *after, const T *dy, fibres f) {
 }
 template <class T>
 __global__ void __launch_bounds__(FIBRE_THREADS)
-prod_bwd_kernel(T *dx, acc_of<T> *upto, const T *x, const double *before, const double *after, fibres f) {
+    prod_bwd_kernel(T *dx, acc_of<T> *upto, const T *x, const double *before, const double *after, fibres f) {
   const int64_t i = (int64_t)blockIdx.x * FIBRE_THREADS + threadIdx.x;
   if (i >= f.outer * f.segments * f.inner) return;
   const int64_t row = i / f.inner, c = i - row * f.inner, o = row / f.segments, s = row - o * f.segments;
@@ -406,9 +437,11 @@ halo_status halo_cuda_sum(halo_dtype t, void *y, const void *x, int64_t outer, i
   return HALO_OK;
 }
 
-halo_status halo_cuda_extreme(halo_dtype t, int32_t is_max, void *y, int64_t *index, const void *x, int64_t outer,
-                              int64_t n, int64_t inner) {
-  HALO_ANY(t, T, return reduce_fibres<T>("extreme", extremes<T>{(T *)y, index, is_max != 0}, {{x}}, outer, n, inner));
+halo_status halo_cuda_extreme(halo_dtype t, int32_t is_max, void *y, int64_t *index, const void *x,
+                              int64_t outer, int64_t n, int64_t inner) {
+  HALO_ANY(
+      t, T,
+      return reduce_fibres<T>("extreme", extremes<T>{(T *)y, index, is_max != 0}, {{x}}, outer, n, inner));
   return HALO_OK;
 }
 
@@ -417,8 +450,8 @@ halo_status halo_cuda_prod(halo_dtype t, void *y, const void *x, int64_t outer, 
   return HALO_OK;
 }
 
-halo_status halo_cuda_prod_bwd(halo_dtype t, void *dx, const void *dy, const void *x, int64_t outer, int64_t n,
-                               int64_t inner) {
+halo_status halo_cuda_prod_bwd(halo_dtype t, void *dx, const void *dy, const void *x, int64_t outer,
+                               int64_t n, int64_t inner) {
   HALO_REAL(t, T, return prod_bwd<T>(dx, dy, x, outer, n, inner));
   return HALO_OK;
 }
@@ -429,8 +462,8 @@ halo_status halo_cuda_variance(halo_dtype t, void *y, const void *x, int64_t out
   return HALO_OK;
 }
 
-halo_status halo_cuda_variance_bwd(halo_dtype t, void *dx, const void *dy, const void *x, int64_t outer, int64_t n,
-                                   int64_t inner, double correction) {
+halo_status halo_cuda_variance_bwd(halo_dtype t, void *dx, const void *dy, const void *x, int64_t outer,
+                                   int64_t n, int64_t inner, double correction) {
   HALO_REAL(t, T, return variance_bwd<T>(dx, dy, x, outer, n, inner, correction));
   return HALO_OK;
 }

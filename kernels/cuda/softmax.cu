@@ -5,12 +5,13 @@
  *   log     y_j = x_j - l                dx_j = dy_j - exp(y_j) sum_k dy_k
  *   logsumexp y = l                      dx_j = dy exp(x_j - l)
  *
- * numbers   sums are fp32 lanes, added up in fp64. Maximum and sum come in one pass (Milakov and
+ * numbers   sums are fp32 lanes, added up in fp64; exponentials of bf16 are the hardware's 2^x, whose error
+ *           is a thousandth of bf16's. Maximum and sum come in one pass (Milakov and
  *           Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867, algorithm 3)
  * edges     a fibre of -inf alone (a row that sees nothing) has l = -inf: softmax gives 0 and log
  *           softmax -inf, with gradient 0, as attention does; +inf gives NaN
- * launch    rows that fit shared memory are read once, by a warp (n <= 1024) or a block; other
- *           layouts take a reduction and a map of fibres.cuh, so x is read twice
+ * launch    rows that fit the registers of a group of lanes or of a block are read once; longer rows and
+ *           other layouts take a reduction and a map of fibres.cuh, so x is read twice
  * gradients written (=)
  * twin      kernels/cpu/softmax.c
  */
@@ -20,26 +21,38 @@ namespace {
 
 using namespace halo;
 
+/* exp(x) for x <= 0 or NaN. */
+template <class T> __device__ __forceinline__ acc_of<T> power(acc_of<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    return y;
+  } else {
+    return EXP(x);
+  }
+}
+
 /* What a map must know of a fibre: exponents are taken from `shift`; where it is -inf the fibre is
  * empty and `scale` is its value. */
 template <class A> struct about { A shift, scale; };
 
 template <class A> __device__ __forceinline__ about<A> about_of(A m, double sum, bool is_log) {
   const A infinity = limits<A>::infinity();
+  const A total = (A)sum; // every thread of a row does this: in the arithmetic type it costs a tenth
   about<A> a;
   if (m == -infinity) { // a NaN among the -inf shows in the sum
     a.shift = -infinity;
-    a.scale = is_nan(sum) ? limits<A>::nan() : is_log ? -infinity : (A)0;
+    a.scale = is_nan(total) ? limits<A>::nan() : is_log ? -infinity : (A)0;
   } else {
-    a.shift = is_log ? m + (A)log(sum) : m;
-    a.scale = (A)(1 / sum);
+    a.shift = is_log ? m + LOG(total) : m;
+    a.scale = 1 / total;
   }
   return a;
 }
 
-template <class A> __device__ __forceinline__ A softmax_value(const about<A> &a, A x, bool is_log) {
+template <class T, class A> __device__ __forceinline__ A softmax_value(const about<A> &a, A x, bool is_log) {
   if (a.shift == -limits<A>::infinity()) return a.scale;
-  return is_log ? x - a.shift : EXP(x - a.shift) * a.scale;
+  return is_log ? x - a.shift : power<T>(x - a.shift) * a.scale;
 }
 
 /* Running maximum m and sums of exp(x - m): `lane` of the last few, `sum` relative to sum_m. */
@@ -59,7 +72,7 @@ template <class T> struct exponentials {
   }
   __device__ __forceinline__ void add(state &s, const acc (&in)[1], int64_t) const {
     const acc x = in[0], d = x - s.m;
-    const acc e = x == -limits<acc>::infinity() ? (acc)0 : EXP(d > 0 ? -d : d);
+    const acc e = x == -limits<acc>::infinity() ? (acc)0 : power<T>(d > 0 ? -d : d);
     if (x > s.m) {
       s.lane = s.lane * e + (x - x + 1); // NaN for +inf
       s.m = x;
@@ -97,16 +110,20 @@ template <class T> struct softmax_map {
   bool is_log;
   __device__ __forceinline__ about<acc> of(int64_t f) const { return fibre[f]; }
   __device__ __forceinline__ acc value(const about<acc> &a, const acc (&x)[1]) const {
-    return softmax_value(a, x[0], is_log);
+    return softmax_value<T>(a, x[0], is_log);
   }
 };
 
 /* Sum of dy y, or of dy, and whether a log softmax was -inf throughout. */
-template <class A> struct slope { A sum; int32_t is_empty; };
+template <class A> struct slope {
+  A sum;
+  int32_t is_empty;
+};
 
-template <class A> __device__ __forceinline__ A slope_value(const slope<A> &s, A dy, A y, bool is_log) {
+template <class T, class A>
+__device__ __forceinline__ A slope_value(const slope<A> &s, A dy, A y, bool is_log) {
   if (!is_log) return y * (dy - s.sum);
-  return s.is_empty ? (A)0 : dy - EXP(y) * s.sum;
+  return s.is_empty ? (A)0 : dy - power<T>(y) * s.sum;
 }
 
 template <class T> struct slopes {
@@ -143,7 +160,7 @@ template <class T> struct slope_map {
   bool is_log;
   __device__ __forceinline__ slope<acc> of(int64_t f) const { return fibre[f]; }
   __device__ __forceinline__ acc value(const slope<acc> &s, const acc (&in)[2]) const {
-    return slope_value(s, in[0], in[1], is_log);
+    return slope_value<T>(s, in[0], in[1], is_log);
   }
 };
 
@@ -151,169 +168,214 @@ template <class T> struct logsumexp_map {
   using acc = acc_of<T>;
   enum { INPUTS = 1 };
   const T *dy, *y;
-  struct pair { acc dy, l; };
+  struct pair {
+    acc dy, l;
+  };
   __device__ __forceinline__ pair of(int64_t f) const { return pair{load(dy[f]), load(y[f])}; }
   __device__ __forceinline__ acc value(const pair &p, const acc (&x)[1]) const {
-    return p.l == -limits<acc>::infinity() ? (acc)0 : p.dy * EXP(x[0] - p.l);
+    return p.l == -limits<acc>::infinity() ? (acc)0 : p.dy * power<T>(x[0] - p.l);
   }
 };
 
-/* ---- rows that fit shared memory ------------------------------------------------------------------ */
+/* ---- rows that fit registers ---------------------------------------------------------------------- */
 
-enum { WARP_MOST = 1024, SHARED_MOST = 96 << 10 };
-
-template <int GROUP, class A> __device__ __forceinline__ A group_max(A x) {
-  if constexpr (GROUP == 32) return warp_max(x);
-  else return block_max<GROUP>(x);
+/* Who shares a row: `lanes` threads, a power of two within a warp (THREADS = 0) or a block of THREADS. */
+template <int THREADS, class A> __device__ __forceinline__ A shared_max(A x, int lanes) {
+  if constexpr (THREADS > 0) return block_max<THREADS>(x);
+  for (int o = lanes / 2; o > 0; o /= 2) {
+    const A other = __shfl_xor_sync(0xffffffffu, x, o);
+    x = other > x ? other : x;
+  }
+  return x;
 }
-template <int GROUP, class A> __device__ __forceinline__ A group_sum(A x) {
-  if constexpr (GROUP == 32) return warp_sum(x);
-  else return block_sum<GROUP>(x);
+template <int THREADS, class A> __device__ __forceinline__ A shared_sum(A x, int lanes) {
+  if constexpr (THREADS > 0) return block_sum<THREADS>(x);
+  for (int o = lanes / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
 }
 
-/* One row of n by GROUP lanes; `row` has room for n. A lane only meets its own elements again, so
- * nobody waits. */
-template <class T, int V, int GROUP>
-__device__ __forceinline__ void softmax_row(T *y, const T *x, acc_of<T> *row, int64_t n, bool is_log) {
+/* V elements from j on; what lies behind n, or is not wanted at all, is `fill`. */
+template <class T>
+__device__ __forceinline__ pack<T, lanes16<T>> read_pack(const T *x, int64_t j, int64_t n, bool is_aligned,
+                                                         T fill) {
+  pack<T, lanes16<T>> run;
+  if (is_aligned && j < n) return *(const pack<T, lanes16<T>> *)(x + j);
+#pragma unroll
+  for (int e = 0; e < lanes16<T>; e++) run.at[e] = j + e < n ? x[j + e] : fill;
+  return run;
+}
+template <class T>
+__device__ __forceinline__ void write_pack(T *y, int64_t j, int64_t n, bool is_aligned,
+                                           const pack<T, lanes16<T>> &run) {
+  if (is_aligned) {
+    if (j < n) *(pack<T, lanes16<T>> *)(y + j) = run;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < lanes16<T>; e++) {
+    if (j + e < n) y[j + e] = run.at[e];
+  }
+}
+
+/* One row, in K packs per lane. */
+template <class T, int K, int THREADS>
+__device__ __forceinline__ void softmax_row(pack<T, lanes16<T>> (&x)[K], int lanes, bool is_log) {
   using acc = acc_of<T>;
-  const int lane = threadIdx.x % GROUP;
+  constexpr int V = lanes16<T>;
   acc most = -limits<acc>::infinity();
-#pragma unroll 4
-  for (int64_t j = lane * V; j < n; j += GROUP * V) {
-    const pack<T, V> run = *(const pack<T, V> *)(x + j);
+#pragma unroll
+  for (int k = 0; k < K; k++) {
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc v = load(run.at[e]);
-      row[j + e] = v;
+      const acc v = load(x[k].at[e]);
       most = v > most ? v : most;
     }
   }
-  const acc m = group_max<GROUP>(most), shift = m == -limits<acc>::infinity() ? (acc)0 : m;
-  double sum = 0;
-  for (int64_t j = lane * V; j < n; j += GROUP * V) {
-    acc few = 0;
+  const acc m = shared_max<THREADS>(most, lanes), shift = m == -limits<acc>::infinity() ? (acc)0 : m;
+  // Storage as wide as arithmetic keeps the exponentials, bf16 makes them twice.
+  const bool keeps = sizeof(T) == sizeof(acc) && !is_log;
+  acc few = 0;
+#pragma unroll
+  for (int k = 0; k < K; k++) {
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc p = EXP(row[j + e] - shift);
+      const acc p = power<T>(load(x[k].at[e]) - shift);
       few += p;
-      if (!is_log) row[j + e] = p;
+      if (keeps) x[k].at[e] = store<T>(p);
     }
-    sum += few;
   }
-  const about<acc> a = about_of<acc>(m, group_sum<GROUP>(sum), is_log);
+  const about<acc> a = about_of<acc>(m, shared_sum<THREADS>((double)few, lanes), is_log);
   const bool is_empty = a.shift == -limits<acc>::infinity();
-  for (int64_t j = lane * V; j < n; j += GROUP * V) {
-    pack<T, V> run;
+#pragma unroll
+  for (int k = 0; k < K; k++) {
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc v = row[j + e];
-      run.at[e] = store<T>(is_empty ? a.scale : is_log ? v - a.shift : v * a.scale);
+      const acc v = load(x[k].at[e]);
+      x[k].at[e] = store<T>(keeps && !is_empty ? v * a.scale : softmax_value<T>(a, v, is_log));
     }
-    *(pack<T, V> *)(y + j) = run;
   }
 }
 
-template <class T, int V, int GROUP>
-__device__ __forceinline__ void slope_row(T *dx, const T *dy, const T *y, acc_of<T> *row, int64_t n, bool is_log) {
+template <class T, int K, int THREADS>
+__device__ __forceinline__ void slope_row(pack<T, lanes16<T>> (&dy)[K], const pack<T, lanes16<T>> (&y)[K],
+                                          int lanes, bool is_log) {
   using acc = acc_of<T>;
-  const int lane = threadIdx.x % GROUP;
-  double sum = 0;
-  acc most = -limits<acc>::infinity();
-#pragma unroll 2
-  for (int64_t j = lane * V; j < n; j += GROUP * V) {
-    const pack<T, V> run_dy = *(const pack<T, V> *)(dy + j), run_y = *(const pack<T, V> *)(y + j);
-    acc few = 0;
+  constexpr int V = lanes16<T>;
+  acc few = 0, most = -limits<acc>::infinity();
+#pragma unroll
+  for (int k = 0; k < K; k++) {
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc g = load(run_dy.at[e]), p = load(run_y.at[e]);
-      row[j + e] = g;
-      row[n + j + e] = p;
+      const acc g = load(dy[k].at[e]), p = load(y[k].at[e]);
       few += is_log ? g : g * p;
       most = p > most ? p : most;
     }
-    sum += few;
   }
-  slope<acc> s = {(acc)group_sum<GROUP>(sum), 0};
-  if (is_log) s.is_empty = group_max<GROUP>(most) == -limits<acc>::infinity();
-  for (int64_t j = lane * V; j < n; j += GROUP * V) {
-    pack<T, V> run;
+  slope<acc> s = {(acc)shared_sum<THREADS>((double)few, lanes), 0};
+  if (is_log) s.is_empty = shared_max<THREADS>(most, lanes) == -limits<acc>::infinity();
 #pragma unroll
-    for (int e = 0; e < V; e++) run.at[e] = store<T>(slope_value(s, row[j + e], row[n + j + e], is_log));
-    *(pack<T, V> *)(dx + j) = run;
+  for (int k = 0; k < K; k++) {
+#pragma unroll
+    for (int e = 0; e < V; e++) {
+      dy[k].at[e] = store<T>(slope_value<T>(s, load(dy[k].at[e]), load(y[k].at[e]), is_log));
+    }
   }
 }
 
-extern __shared__ __align__(16) unsigned char softmax_shared[];
-
-/* IS_SLOPE: (y, a, b) is (dx, dy, y), else (y, x, NULL). */
-template <class T, int GROUP, bool IS_SLOPE>
-__global__ void __launch_bounds__(GROUP == 32 ? 256 : GROUP)
-row_kernel(T *y, const T *a, const T *b, int64_t outer, int64_t n, bool is_aligned, bool is_log) {
+/* ROWS rows to each group of lanes, all read before the first is worked on. IS_SLOPE: (y, a, b) is
+ * (dx, dy, y), else (y, x, NULL). */
+template <class T, int K, int ROWS, int THREADS, bool IS_SLOPE>
+__global__ void __launch_bounds__(THREADS > 0 ? THREADS : 256)
+    row_kernel(T *y, const T *a, const T *b, int64_t outer, int64_t n, int group, bool is_aligned,
+               bool is_log) {
   constexpr int V = lanes16<T>;
-  const int64_t o = GROUP == 32 ? (int64_t)blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
-  if (o >= outer) return; // whole warps at a time
-  acc_of<T> *row = (acc_of<T> *)softmax_shared + (GROUP == 32 ? threadIdx.x / 32 * n * (IS_SLOPE ? 2 : 1) : 0);
-  if constexpr (IS_SLOPE) {
-    if (is_aligned) slope_row<T, V, GROUP>(y + o * n, a + o * n, b + o * n, row, n, is_log);
-    else slope_row<T, 1, GROUP>(y + o * n, a + o * n, b + o * n, row, n, is_log);
-  } else {
-    if (is_aligned) softmax_row<T, V, GROUP>(y + o * n, a + o * n, row, n, is_log);
-    else softmax_row<T, 1, GROUP>(y + o * n, a + o * n, row, n, is_log);
+  using acc = acc_of<T>;
+  const int lanes = THREADS > 0 ? THREADS : group, side = THREADS > 0 ? 1 : 256 / group;
+  const int lane = threadIdx.x % lanes;
+  const int64_t first = (int64_t)blockIdx.x * (side * ROWS) + threadIdx.x / lanes;
+  const T none = store<T>(-limits<acc>::infinity()), zero = store<T>((acc)0);
+  pack<T, V> x[ROWS][K], saved[IS_SLOPE ? ROWS : 1][IS_SLOPE ? K : 1];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const int64_t o = first + r * side, there = o < outer ? n : 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int64_t j = ((int64_t)k * lanes + lane) * V;
+      x[r][k] = read_pack(a + o * n, j, there, is_aligned, IS_SLOPE ? zero : none);
+      if constexpr (IS_SLOPE) saved[r][k] = read_pack(b + o * n, j, there, is_aligned, is_log ? none : zero);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    if constexpr (IS_SLOPE) slope_row<T, K, THREADS>(x[r], saved[r], lanes, is_log);
+    else softmax_row<T, K, THREADS>(x[r], lanes, is_log);
+    const int64_t o = first + r * side, there = o < outer ? n : 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      write_pack(y + o * n, ((int64_t)k * lanes + lane) * V, there, is_aligned, x[r][k]);
+    }
   }
 }
 
-/* Are there rows enough, and do they fit? */
-template <class T> bool fits_rows(int64_t outer, int64_t n, int64_t inner, int64_t copies) {
-  return inner == 1 && n > 0 && (n <= WARP_MOST || outer >= 64) &&
-         n * copies * (int64_t)sizeof(acc_of<T>) <= SHARED_MOST;
-}
-
-template <class T, int GROUP, bool IS_SLOPE>
-halo_status launch_rows(const char *name, void *y, const void *a, const void *b, int64_t outer, int64_t n, bool is_log) {
-  const int64_t bytes = n * (IS_SLOPE ? 2 : 1) * (int64_t)sizeof(acc_of<T>) * (GROUP == 32 ? 8 : 1);
-  const bool is_aligned = n % lanes16<T> == 0 && is_multiple(y, 16) && is_multiple(a, 16) && is_multiple(b, 16);
+template <class T, int K, int ROWS, int THREADS, bool IS_SLOPE>
+halo_status launch_rows(const char *name, void *y, const void *a, const void *b, int64_t outer, int64_t n,
+                        int group, bool is_log) {
+  const bool is_aligned =
+      n % lanes16<T> == 0 && is_multiple(y, 16) && is_multiple(a, 16) && is_multiple(b, 16);
+  constexpr int threads = THREADS > 0 ? THREADS : 256;
   unsigned blocks = 0;
-  HALO_TRY(blocks_of(&blocks, outer, GROUP == 32 ? 8 : 1));
-  if (bytes > 48 << 10) {
-    HALO_CUDA_TRY(cudaFuncSetAttribute(row_kernel<T, GROUP, IS_SLOPE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       (int)bytes));
-  }
-  row_kernel<T, GROUP, IS_SLOPE><<<blocks, GROUP == 32 ? 256 : GROUP, (size_t)bytes, halo__cuda_stream()>>>(
-      (T *)y, (const T *)a, (const T *)b, outer, n, is_aligned, is_log);
+  HALO_TRY(blocks_of(&blocks, outer, threads / (THREADS > 0 ? THREADS : group) * ROWS));
+  row_kernel<T, K, ROWS, THREADS, IS_SLOPE><<<blocks, threads, 0, halo__cuda_stream()>>>(
+      (T *)y, (const T *)a, (const T *)b, outer, n, group, is_aligned, is_log);
   HALO_LAUNCHED(name);
   return HALO_OK;
 }
 
+/* The rows that run_rows can do: short ones, or enough of them to fill a device block by block. */
+template <class T> bool fits_rows(int64_t outer, int64_t n, int64_t inner, bool is_slope) {
+  const int64_t packs = (n + lanes16<T> - 1) / lanes16<T>;
+  return inner == 1 && (packs <= 256 || (outer >= 64 && packs <= (is_slope ? 4096 : 8192)));
+}
+
 template <class T, bool IS_SLOPE>
-halo_status run_rows(const char *name, void *y, const void *a, const void *b, int64_t outer, int64_t n, bool is_log) {
-  // A warp's rows are short enough for the plain 48 KB of shared memory, eight of them.
-  if (n * (IS_SLOPE ? 2 : 1) * (int64_t)sizeof(acc_of<T>) <= 6 << 10 && n <= WARP_MOST) {
-    return launch_rows<T, 32, IS_SLOPE>(name, y, a, b, outer, n, is_log);
-  }
-  return launch_rows<T, 256, IS_SLOPE>(name, y, a, b, outer, n, is_log);
+halo_status run_rows(const char *name, void *y, const void *a, const void *b, int64_t outer, int64_t n,
+                     bool is_log) {
+  const int64_t packs = (n + lanes16<T> - 1) / lanes16<T>;
+  int group = 1;
+  while (group < 32 && group < packs) group *= 2;
+  if (packs <= 32) return launch_rows<T, 1, 4, 0, IS_SLOPE>(name, y, a, b, outer, n, group, is_log);
+  if (packs <= 128) return launch_rows<T, 4, 1, 0, IS_SLOPE>(name, y, a, b, outer, n, 32, is_log);
+  if (packs <= 256) return launch_rows<T, 8, 1, 0, IS_SLOPE>(name, y, a, b, outer, n, 32, is_log);
+  if (packs <= 512) return launch_rows<T, 2, 1, 256, IS_SLOPE>(name, y, a, b, outer, n, 0, is_log);
+  if (packs <= 2048) return launch_rows<T, 8, 1, 256, IS_SLOPE>(name, y, a, b, outer, n, 0, is_log);
+  return launch_rows < T, IS_SLOPE ? 4 : 8, 1, 1024, IS_SLOPE > (name, y, a, b, outer, n, 0, is_log);
 }
 
 template <class T>
 halo_status softmax(void *y, const void *x, int64_t outer, int64_t n, int64_t inner, bool is_log) {
   if (outer * n * inner <= 0) return HALO_OK;
-  if (fits_rows<T>(outer, n, inner, 1)) return run_rows<T, false>("softmax", y, x, nullptr, outer, n, is_log);
+  if (fits_rows<T>(outer, n, inner, false))
+    return run_rows<T, false>("softmax", y, x, nullptr, outer, n, is_log);
   scratch fibre;
   HALO_TRY(fibre.get(outer * inner * (int64_t)sizeof(about<acc_of<T>>)));
   const exponentials<T> r = {fibre.as<about<acc_of<T>>>(), nullptr, is_log};
   HALO_TRY(reduce_fibres<T>("softmax", r, {{x}}, outer, n, inner));
-  return map_fibres<T>("softmax", softmax_map<T>{fibre.as<about<acc_of<T>>>(), is_log}, y, {{x}}, outer, n, inner);
+  return map_fibres<T>("softmax", softmax_map<T>{fibre.as<about<acc_of<T>>>(), is_log}, y, {{x}}, outer, n,
+                       inner);
 }
 
 template <class T>
-halo_status softmax_bwd(void *dx, const void *dy, const void *y, int64_t outer, int64_t n, int64_t inner, bool is_log) {
+halo_status softmax_bwd(void *dx, const void *dy, const void *y, int64_t outer, int64_t n, int64_t inner,
+                        bool is_log) {
   if (outer * n * inner <= 0) return HALO_OK;
-  if (fits_rows<T>(outer, n, inner, 2)) return run_rows<T, true>("softmax_bwd", dx, dy, y, outer, n, is_log);
+  if (fits_rows<T>(outer, n, inner, true))
+    return run_rows<T, true>("softmax_bwd", dx, dy, y, outer, n, is_log);
   scratch fibre;
   HALO_TRY(fibre.get(outer * inner * (int64_t)sizeof(slope<acc_of<T>>)));
   const slopes<T> r = {fibre.as<slope<acc_of<T>>>(), is_log};
   HALO_TRY(reduce_fibres<T>("softmax_bwd", r, {{dy, y}}, outer, n, inner));
-  return map_fibres<T>("softmax_bwd", slope_map<T>{fibre.as<slope<acc_of<T>>>(), is_log}, dx, {{dy, y}}, outer, n,
-                       inner);
+  return map_fibres<T>("softmax_bwd", slope_map<T>{fibre.as<slope<acc_of<T>>>(), is_log}, dx, {{dy, y}},
+                       outer, n, inner);
 }
 
 } // namespace
@@ -324,20 +386,24 @@ halo_status halo_cuda_softmax(halo_dtype t, void *y, const void *x, int64_t oute
   return HALO_OK;
 }
 
-halo_status halo_cuda_softmax_bwd(halo_dtype t, void *dx, const void *dy, const void *y, int64_t outer, int64_t n,
-                                  int64_t inner, int32_t is_log) {
+halo_status halo_cuda_softmax_bwd(halo_dtype t, void *dx, const void *dy, const void *y, int64_t outer,
+                                  int64_t n, int64_t inner, int32_t is_log) {
   HALO_REAL(t, T, return softmax_bwd<T>(dx, dy, y, outer, n, inner, is_log != 0));
   return HALO_OK;
 }
 
-halo_status halo_cuda_logsumexp(halo_dtype t, void *y, const void *x, int64_t outer, int64_t n, int64_t inner) {
-  HALO_REAL(t, T, return reduce_fibres<T>("logsumexp", exponentials<T>{nullptr, (T *)y, true}, {{x}}, outer, n, inner));
+halo_status halo_cuda_logsumexp(halo_dtype t, void *y, const void *x, int64_t outer, int64_t n,
+                                int64_t inner) {
+  HALO_REAL(
+      t, T,
+      return reduce_fibres<T>("logsumexp", exponentials<T>{nullptr, (T *)y, true}, {{x}}, outer, n, inner));
   return HALO_OK;
 }
 
 halo_status halo_cuda_logsumexp_bwd(halo_dtype t, void *dx, const void *dy, const void *x, const void *y,
                                     int64_t outer, int64_t n, int64_t inner) {
-  HALO_REAL(t, T, return map_fibres<T>("logsumexp_bwd", logsumexp_map<T>{(const T *)dy, (const T *)y}, dx, {{x}}, outer,
-                                       n, inner));
+  HALO_REAL(t, T,
+            return map_fibres<T>("logsumexp_bwd", logsumexp_map<T>{(const T *)dy, (const T *)y}, dx, {{x}},
+                                 outer, n, inner));
   return HALO_OK;
 }

@@ -17,8 +17,8 @@
 #include "fibres.cuh"
 #include "sort.cuh"
 
-halo_status halo__cuda_sort_pairs(uint64_t *key_out, uint32_t *item_out, const uint64_t *key, const uint32_t *item,
-                                  int64_t n, int bits) {
+halo_status halo__cuda_sort_pairs(uint64_t *key_out, uint32_t *item_out, const uint64_t *key,
+                                  const uint32_t *item, int64_t n, int bits) {
   HALO_CHECK(n < (int64_t)1 << 32, HALO_EUNSUPPORTED, "sort: %lld elements at once are beyond 32-bit places",
              (long long)n);
   size_t bytes = 0;
@@ -67,7 +67,8 @@ template <class T> __device__ __forceinline__ uint64_t ordered_key(T x, bool is_
 /* A block sorts `together` fibres of `room` places (a power of two, n at least). */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-small_kernel(T *values, int64_t *index, const T *x, fibres f, int64_t k, int room, int together, bool is_descending) {
+    small_kernel(T *values, int64_t *index, const T *x, fibres f, int64_t k, int room, int together,
+                 bool is_descending) {
   __shared__ uint64_t key[SMALL_MOST];
   __shared__ uint32_t item[SMALL_MOST];
   const int64_t first = (int64_t)blockIdx.x * together, count = f.outer * f.inner;
@@ -76,7 +77,8 @@ small_kernel(T *values, int64_t *index, const T *x, fibres f, int64_t k, int roo
     const int fibre = f.inner == 1 ? i / room : i % together, j = f.inner == 1 ? i % room : i / together;
     const bool is_there = j < f.n && first + fibre < count;
     const int64_t o = (first + fibre) / f.inner, c = (first + fibre) - o * f.inner;
-    key[fibre * room + j] = is_there ? ordered_key(x[(o * f.n + j) * f.inner + c], is_descending) : ~(uint64_t)0;
+    key[fibre * room + j] =
+        is_there ? ordered_key(x[(o * f.n + j) * f.inner + c], is_descending) : ~(uint64_t)0;
     item[fibre * room + j] = is_there ? (uint32_t)j : ~0u;
   }
   for (int size = 2; size <= room; size *= 2) {
@@ -110,27 +112,30 @@ small_kernel(T *values, int64_t *index, const T *x, fibres f, int64_t k, int roo
 
 /* Keys of fibres first .. first + count, fibre after fibre; the fibre above the key where it fits. */
 template <class T>
-__global__ void __launch_bounds__(THREADS)
-key_kernel(uint64_t *key, uint32_t *item, const T *x, fibres f, int64_t first, int64_t count, bool is_descending) {
+__global__ void __launch_bounds__(THREADS) key_kernel(uint64_t *key, uint32_t *item, const T *x, fibres f,
+                                                      int64_t first, int64_t count, bool is_descending) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count * f.n) return;
-  const int64_t fibre = i / f.n, j = i - fibre * f.n, o = (first + fibre) / f.inner, c = first + fibre - o * f.inner;
+  const int64_t fibre = i / f.n, j = i - fibre * f.n, o = (first + fibre) / f.inner,
+                c = first + fibre - o * f.inner;
   uint64_t own = ordered_key(x[(o * f.n + j) * f.inner + c], is_descending);
   if constexpr (key_bits<T> < 64) own |= (uint64_t)fibre << key_bits<T>;
   key[i] = own;
   item[i] = (uint32_t)i;
 }
-__global__ void __launch_bounds__(THREADS) fibre_key_kernel(uint64_t *key, const uint32_t *item, int64_t n, int64_t all) {
+__global__ void __launch_bounds__(THREADS)
+    fibre_key_kernel(uint64_t *key, const uint32_t *item, int64_t n, int64_t all) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i < all) key[i] = item[i] / n;
 }
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-pick_kernel(T *values, int64_t *index, const T *x, const uint32_t *item, fibres f, int64_t first, int64_t count,
-            int64_t k) {
+    pick_kernel(T *values, int64_t *index, const T *x, const uint32_t *item, fibres f, int64_t first,
+                int64_t count, int64_t k) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count * k) return;
-  const int64_t fibre = i / k, p = i - fibre * k, o = (first + fibre) / f.inner, c = first + fibre - o * f.inner;
+  const int64_t fibre = i / k, p = i - fibre * k, o = (first + fibre) / f.inner,
+                c = first + fibre - o * f.inner;
   const int64_t j = item[fibre * f.n + p] - fibre * f.n, to = (o * k + p) * f.inner + c;
   values[to] = x[(o * f.n + j) * f.inner + c];
   index[to] = j;
@@ -141,8 +146,8 @@ halo_status sort_long(T *values, int64_t *index, const T *x, const fibres &f, in
   const int64_t fits = GROUP_ELEMENTS / f.n, group = fits < 1 ? 1 : fits < f.count() ? fits : f.count();
   const int64_t room = group * f.n;
   cudaStream_t stream = halo__cuda_stream();
-  HALO_CHECK(f.n < (int64_t)1 << 32, HALO_EUNSUPPORTED, "sort: a dim of %lld elements is beyond 32-bit places",
-             (long long)f.n);
+  HALO_CHECK(f.n < (int64_t)1 << 32, HALO_EUNSUPPORTED,
+             "sort: a dim of %lld elements is beyond 32-bit places", (long long)f.n);
   scratch keys, items;
   HALO_TRY(keys.get(2 * room * (int64_t)sizeof(uint64_t)));
   HALO_TRY(items.get(2 * room * (int64_t)sizeof(uint32_t)));
@@ -158,7 +163,8 @@ halo_status sort_long(T *values, int64_t *index, const T *x, const fibres &f, in
     HALO_LAUNCHED("sort: keys");
     const int fibre_bits = halo__bits_of(count);
     const bool fits_one = key_bits<T> + fibre_bits <= 64;
-    HALO_TRY(halo__cuda_sort_pairs(key_out, item_out, key, item, all, fits_one ? key_bits<T> + fibre_bits : 64));
+    HALO_TRY(
+        halo__cuda_sort_pairs(key_out, item_out, key, item, all, fits_one ? key_bits<T> + fibre_bits : 64));
     if (!fits_one) {
       fibre_key_kernel<<<blocks, THREADS, 0, stream>>>(key, item_out, f.n, all);
       HALO_LAUNCHED("sort: fibres");
@@ -172,8 +178,8 @@ halo_status sort_long(T *values, int64_t *index, const T *x, const fibres &f, in
 }
 
 template <class T>
-halo_status sort(void *values, int64_t *index, const void *x, int64_t outer, int64_t n, int64_t inner, int64_t k,
-                 bool is_descending) {
+halo_status sort(void *values, int64_t *index, const void *x, int64_t outer, int64_t n, int64_t inner,
+                 int64_t k, bool is_descending) {
   if (outer * inner * k <= 0) return HALO_OK;
   const fibres f = {outer, n, inner, 1, n};
   if (n > SMALL_MOST) return sort_long<T>((T *)values, index, (const T *)x, f, k, is_descending);
@@ -182,16 +188,16 @@ halo_status sort(void *values, int64_t *index, const void *x, int64_t outer, int
   const int together = room < SMALL_MOST / 2 ? SMALL_MOST / 2 / room : 1;
   unsigned blocks = 0;
   HALO_TRY(blocks_of(&blocks, f.count(), together));
-  small_kernel<T><<<blocks, THREADS, 0, halo__cuda_stream()>>>((T *)values, index, (const T *)x, f, k, room, together,
-                                                               is_descending);
+  small_kernel<T><<<blocks, THREADS, 0, halo__cuda_stream()>>>((T *)values, index, (const T *)x, f, k, room,
+                                                               together, is_descending);
   HALO_LAUNCHED("sort");
   return HALO_OK;
 }
 
 } // namespace
 
-halo_status halo_cuda_sort(halo_dtype t, void *values, int64_t *index, const void *x, int64_t outer, int64_t n,
-                           int64_t inner, int64_t k, int32_t is_descending) {
+halo_status halo_cuda_sort(halo_dtype t, void *values, int64_t *index, const void *x, int64_t outer,
+                           int64_t n, int64_t inner, int64_t k, int32_t is_descending) {
   HALO_ANY(t, T, return sort<T>(values, index, x, outer, n, inner, k, is_descending != 0));
   return HALO_OK;
 }

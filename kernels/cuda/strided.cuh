@@ -80,8 +80,8 @@ walk<N> make_walk(int32_t ndim, const int64_t *shape, const int64_t *const (&str
   for (int k = 0; k < N; k++) {
     bool fits = is_multiple(p[k], v * bytes[k]);
     for (int32_t d = 1; d < w.ndim; d++) fits = fits && w.stride[k][d] % v == 0;
-    w.mode[k] = w.row % v != 0         ? READ_WALK
-                : w.stride[k][0] == 0 ? READ_SPLAT
+    w.mode[k] = w.row % v != 0                ? READ_WALK
+                : w.stride[k][0] == 0         ? READ_SPLAT
                 : w.stride[k][0] == 1 && fits ? READ_RUN
                                               : READ_STEP;
   }
@@ -144,8 +144,8 @@ __device__ __forceinline__ void read_elements(T (&in)[V], const T *x, const walk
 /* One launch of exactly the blocks that n items need. */
 inline halo_status blocks_of(unsigned *out, int64_t n, int64_t per_block) {
   const int64_t blocks = (n + per_block - 1) / per_block;
-  HALO_CHECK(blocks < (int64_t)1 << 31, HALO_EUNSUPPORTED, "cuda: %lld elements are more than one launch holds",
-             (long long)n);
+  HALO_CHECK(blocks < (int64_t)1 << 31, HALO_EUNSUPPORTED,
+             "cuda: %lld elements are more than one launch holds", (long long)n);
   *out = (unsigned)blocks;
   return HALO_OK;
 }

@@ -126,15 +126,17 @@ static void twin_compare(const char *what, twin *x, double slack, double floor_o
   int64_t bad = -1, n_bad = 0;
   for (int64_t i = 0; i < x->n; i++) {
     const double a = get(x->t, x->cpu, i), b = get(x->t, got, i);
-    const double room = slack * tolerance(x->t) * (fabs(a) + floor_of) + 1e-37; // the CPU flushes what is below 2^-126
+    const double room =
+        slack * tolerance(x->t) * (fabs(a) + floor_of) + 1e-37; // the CPU flushes what is below 2^-126
     const int same = a == b || (a != a && b != b) || (slack > 0 && fabs(a - b) <= room);
     if (!same && n_bad++ == 0) bad = i;
   }
   const int is_clean = memcmp(whole, x->back, before) == 0 &&
                        memcmp(whole + before + x->bytes, (char *)x->back + before + x->bytes, after) == 0;
   if (n_bad > 0 && differences++ < 60) {
-    fprintf(stderr, "%s %s: %lld of %lld differ, first [%lld]: cpu %.9g cuda %.9g\n", what, dtype_name[name_of(x->t)],
-            (long long)n_bad, (long long)x->n, (long long)bad, get(x->t, x->cpu, bad), get(x->t, got, bad));
+    fprintf(stderr, "%s %s: %lld of %lld differ, first [%lld]: cpu %.9g cuda %.9g\n", what,
+            dtype_name[name_of(x->t)], (long long)n_bad, (long long)x->n, (long long)bad,
+            get(x->t, x->cpu, bad), get(x->t, got, bad));
   }
   if (!is_clean) fprintf(stderr, "%s: wrote beside its result\n", what);
   n_bad == 0 ? check_passed++ : check_failed++;
@@ -203,15 +205,15 @@ static const struct layout {
 } layouts[] = {
     {1, {5000}, {1}, {1}, {1}},
     {1, {4099}, {1}, {0}, {1}},
-    {2, {37, 64}, {64, 1}, {0, 1}, {1, 0}},             // a row repeated
-    {2, {37, 64}, {64, 1}, {1, 0}, {0, 1}},             // a column repeated
-    {2, {64, 37}, {37, 1}, {1, 64}, {0, 1}},            // transposed
-    {2, {33, 65}, {65, 1}, {0, 1}, {130, 2}},           // odd rows
+    {2, {37, 64}, {64, 1}, {0, 1}, {1, 0}},   // a row repeated
+    {2, {37, 64}, {64, 1}, {1, 0}, {0, 1}},   // a column repeated
+    {2, {64, 37}, {37, 1}, {1, 64}, {0, 1}},  // transposed
+    {2, {33, 65}, {65, 1}, {0, 1}, {130, 2}}, // odd rows
     {3, {5, 6, 48}, {48, 240, 1}, {0, 48, 1}, {0, 0, 0}},
     {4, {3, 4, 5, 6}, {120, 6, 24, 1}, {1, 3, 12, 60}, {0, 6, 0, 1}},
     {3, {9, 1, 40}, {40, 7, 1}, {80, 3, 2}, {40, 0, 1}},
     {2, {0, 5}, {5, 1}, {5, 1}, {5, 1}},
-    {2, {129, 256}, {512, 1}, {256, 1}, {0, 1}},        // rows apart
+    {2, {129, 256}, {512, 1}, {256, 1}, {0, 1}}, // rows apart
     {0, {0}, {0}, {0}, {0}},
     {1, {1}, {5}, {0}, {3}},
 };
@@ -246,10 +248,10 @@ static void binary_ops(void) {
           if (!is_real(t)) continue;
           for (int wants = 1; wants < 4; wants++) {
             twin da = twin_new(t, n, shift), db = twin_new(t, n, shift);
-            CHECK_OK(halo_cpu_binary_bwd(t, kind, wants & 1 ? da.cpu : NULL, wants & 2 ? db.cpu : NULL, dy.cpu, x->cpu,
-                                         w->cpu, l->ndim, l->shape, l->a, l->b));
-            CHECK_OK(halo_cuda_binary_bwd(t, kind, wants & 1 ? da.cuda : NULL, wants & 2 ? db.cuda : NULL, dy.cuda,
-                                          x->cuda, w->cuda, l->ndim, l->shape, l->a, l->b));
+            CHECK_OK(halo_cpu_binary_bwd(t, kind, wants & 1 ? da.cpu : NULL, wants & 2 ? db.cpu : NULL,
+                                         dy.cpu, x->cpu, w->cpu, l->ndim, l->shape, l->a, l->b));
+            CHECK_OK(halo_cuda_binary_bwd(t, kind, wants & 1 ? da.cuda : NULL, wants & 2 ? db.cuda : NULL,
+                                          dy.cuda, x->cuda, w->cuda, l->ndim, l->shape, l->a, l->b));
             snprintf(what, sizeof what, "%s gradient layout %d", binary_name[kind], k);
             twin_compare(what, &da, 2, 0);
             twin_compare(what, &db, 2, 0);
@@ -274,7 +276,8 @@ static void where_op(void) {
   static const halo_dtype by_size[] = {HALO_U8, HALO_BF16, HALO_I32, HALO_I64};
   for (int d = 0; d < 4; d++) {
     const halo_dtype t = by_size[d];
-    twin a = twin_random(t, OPERAND, 0, PLAIN), b = twin_random(t, OPERAND, 1, PLAIN), c = twin_new(HALO_U8, OPERAND, 0);
+    twin a = twin_random(t, OPERAND, 0, PLAIN), b = twin_random(t, OPERAND, 1, PLAIN),
+         c = twin_new(HALO_U8, OPERAND, 0);
     for (int64_t i = 0; i < OPERAND; i++) ((uint8_t *)c.cpu)[i] = (uint8_t)(next_u64() % 3);
     twin_send(&c);
     for (int k = 0; k < N_LAYOUTS; k++) {
@@ -293,20 +296,22 @@ static void where_op(void) {
 /* ---- along a dim ---------------------------------------------------------------------------------- */
 
 static const int64_t dims[][3] = {
-    {1, 1, 1},    {3, 7, 1},       {5, 1000, 1}, {700, 33, 1},  {300, 4, 1},  {2, 100003, 1}, {1, 300000, 1},
-    {70, 2056, 1}, {66, 5000, 1},  {4, 17, 9},   {2, 500, 64},  {1, 40000, 3}, {3, 129, 700}, {1, 3000, 128},
-    {2, 5, 1},    {2, 1, 77},      {0, 5, 3},    {65, 4103, 1}, {1, 900, 31}, {64, 13000, 1},
+    {1, 1, 1},     {3, 7, 1},     {5, 1000, 1}, {700, 33, 1},  {300, 4, 1},   {2, 100003, 1}, {1, 300000, 1},
+    {70, 2056, 1}, {66, 5000, 1}, {4, 17, 9},   {2, 500, 64},  {1, 40000, 3}, {3, 129, 700},  {1, 3000, 128},
+    {2, 5, 1},     {2, 1, 77},    {0, 5, 3},    {65, 4103, 1}, {1, 900, 31},  {64, 13000, 1},
 };
 enum { N_DIMS = sizeof dims / sizeof *dims };
 
 static void reductions(void) {
   for (int k = 0; k < N_DIMS; k++) {
-    const int64_t outer = dims[k][0], n = dims[k][1], inner = dims[k][2], all = outer * n * inner, one = outer * inner;
+    const int64_t outer = dims[k][0], n = dims[k][1], inner = dims[k][2], all = outer * n * inner,
+                  one = outer * inner;
     for (int d = 0; d < N_DTYPES; d++) {
       const halo_dtype t = all_dtypes[d];
       for (int how = PLAIN; how <= SPECIAL; how++) {
         char what[64];
-        snprintf(what, sizeof what, "[%d,%d,%d] %s", (int)outer, (int)n, (int)inner, how ? "special" : "plain");
+        snprintf(what, sizeof what, "[%d,%d,%d] %s", (int)outer, (int)n, (int)inner,
+                 how ? "special" : "plain");
         char name[96];
         const int64_t shift = how == PLAIN ? 0 : k % 2;
         const double scale = is_real(t) ? 0.5 : 1;
@@ -334,7 +339,8 @@ static void reductions(void) {
           CHECK_OK(halo_cpu_cumsum(t, c.cpu, x.cpu, outer, n, inner, back));
           CHECK_OK(halo_cuda_cumsum(t, c.cuda, x.cuda, outer, n, inner, back));
           snprintf(name, sizeof name, "cumsum %d %s", back, what);
-          twin_compare(name, &c, is_real(t) ? 1 : 0, t == HALO_F64 ? sqrt((double)n) : 1e-3 * sqrt((double)n));
+          twin_compare(name, &c, is_real(t) ? 1 : 0,
+                       t == HALO_F64 ? sqrt((double)n) : 1e-3 * sqrt((double)n));
           twin_free(&c);
         }
         if (is_real(t)) {
@@ -349,7 +355,8 @@ static void reductions(void) {
           snprintf(name, sizeof name, "variance gradient %s", what);
           twin_compare(name, &dv, 1, 0.1); // x - mean cancels
           // Products near one, or they are all 0 or inf.
-          for (int64_t i = 0; i < all && how == PLAIN; i++) put(t, x.cpu, i, next_u64() % 2 ? 1 + uniform() * 0.02 : -0.99);
+          for (int64_t i = 0; i < all && how == PLAIN; i++)
+            put(t, x.cpu, i, next_u64() % 2 ? 1 + uniform() * 0.02 : -0.99);
           twin_send(&x);
           CHECK_OK(halo_cpu_prod(t, p.cpu, x.cpu, outer, n, inner));
           CHECK_OK(halo_cuda_prod(t, p.cuda, x.cuda, outer, n, inner));
@@ -391,7 +398,8 @@ static void empty_reductions(void) {
 
 static void softmaxes(void) {
   for (int k = 0; k < N_DIMS; k++) {
-    const int64_t outer = dims[k][0], n = dims[k][1], inner = dims[k][2], all = outer * n * inner, one = outer * inner;
+    const int64_t outer = dims[k][0], n = dims[k][1], inner = dims[k][2], all = outer * n * inner,
+                  one = outer * inner;
     for (int d = 0; d < N_REAL; d++) {
       const halo_dtype t = all_dtypes[d];
       for (int how = 0; how < 3; how++) {
@@ -407,15 +415,18 @@ static void softmaxes(void) {
         char name[96];
         const char *const kind = how == 0 ? "plain" : how == 1 ? "special" : "empty";
         for (int is_log = 0; is_log < 2; is_log++) {
-          twin y = twin_new(t, all, shift), dy = twin_random(t, all, shift, PLAIN), dx = twin_new(t, all, shift);
+          twin y = twin_new(t, all, shift), dy = twin_random(t, all, shift, PLAIN),
+               dx = twin_new(t, all, shift);
           CHECK_OK(halo_cpu_softmax(t, y.cpu, x.cpu, outer, n, inner, is_log));
           CHECK_OK(halo_cuda_softmax(t, y.cuda, x.cuda, outer, n, inner, is_log));
-          snprintf(name, sizeof name, "softmax %d [%d,%d,%d] %s", is_log, (int)outer, (int)n, (int)inner, kind);
+          snprintf(name, sizeof name, "softmax %d [%d,%d,%d] %s", is_log, (int)outer, (int)n, (int)inner,
+                   kind);
           twin_compare(name, &y, 2, is_log ? 1 : 0); // x - l cancels
           twin_send(&y);
           CHECK_OK(halo_cpu_softmax_bwd(t, dx.cpu, dy.cpu, y.cpu, outer, n, inner, is_log));
           CHECK_OK(halo_cuda_softmax_bwd(t, dx.cuda, dy.cuda, y.cuda, outer, n, inner, is_log));
-          snprintf(name, sizeof name, "softmax gradient %d [%d,%d,%d] %s", is_log, (int)outer, (int)n, (int)inner, kind);
+          snprintf(name, sizeof name, "softmax gradient %d [%d,%d,%d] %s", is_log, (int)outer, (int)n,
+                   (int)inner, kind);
           twin_compare(name, &dx, 2, is_log ? 1 : 0.3 / (double)n);
           twin_free(&y), twin_free(&dy), twin_free(&dx);
         }
@@ -461,15 +472,18 @@ static void sorts(void) {
 
 static twin twin_index(int64_t count, int64_t n) {
   twin x = twin_new(HALO_I64, count, 0);
-  for (int64_t i = 0; i < count; i++) ((int64_t *)x.cpu)[i] = (int64_t)(next_u64() % (uint64_t)(i % 3 ? n : (n + 9) / 10));
+  for (int64_t i = 0; i < count; i++)
+    ((int64_t *)x.cpu)[i] = (int64_t)(next_u64() % (uint64_t)(i % 3 ? n : (n + 9) / 10));
   twin_send(&x);
   return x;
 }
 
 static void index_ops(void) {
-  static const int64_t cases[][4] = { // outer, n, m, inner
-      {1, 10, 1, 1}, {3, 50, 7, 1},     {1, 100, 5000, 1}, {2, 37, 300, 24}, {1, 1000, 4000, 16}, {4, 9, 20, 5000},
-      {2, 64, 0, 8}, {5000, 20, 40, 4}, {1, 3, 2000, 10},  {3, 11, 13, 17},  {1, 2, 10000, 1},
+  static const int64_t cases[][4] = {
+      // outer, n, m, inner
+      {1, 10, 1, 1},       {3, 50, 7, 1},    {1, 100, 5000, 1}, {2, 37, 300, 24},
+      {1, 1000, 4000, 16}, {4, 9, 20, 5000}, {2, 64, 0, 8},     {5000, 20, 40, 4},
+      {1, 3, 2000, 10},    {3, 11, 13, 17},  {1, 2, 10000, 1},
   };
   for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
     const int64_t outer = cases[k][0], n = cases[k][1], m = cases[k][2], inner = cases[k][3];
@@ -486,7 +500,8 @@ static void index_ops(void) {
       CHECK_OK(halo_cpu_take(bytes, y.cpu, x.cpu, rows.cpu, outer, n, m, inner));
       CHECK_OK(halo_cuda_take(bytes, y.cuda, x.cuda, rows.cuda, outer, n, m, inner));
       twin_compare(name, &y, 0, 0);
-      twin s = twin_random(t, outer * m * inner, 0, PLAIN), sum = twin_random(ta, outer * n * inner, 0, PLAIN);
+      twin s = twin_random(t, outer * m * inner, 0, PLAIN),
+           sum = twin_random(ta, outer * n * inner, 0, PLAIN);
       CHECK_OK(halo_cpu_scatter_add(t, sum.cpu, s.cpu, full.cpu, outer, n, m, inner));
       CHECK_OK(halo_cuda_scatter_add(t, sum.cuda, s.cuda, full.cuda, outer, n, m, inner));
       twin_compare("scatter_add", &sum, 0, 0); // bit for bit
@@ -548,7 +563,8 @@ static void masks(void) {
       twin x = twin_random(t, sizes[k], k == 4, SPECIAL), y = twin_new(t, sizes[k], k == 3);
       for (int p = 0; p < 5; p++) {
         CHECK_OK(halo_cpu_dropout(t, y.cpu, x.cpu, sizes[k], chance[p], 99 + (uint64_t)p, (uint64_t)1 << 40));
-        CHECK_OK(halo_cuda_dropout(t, y.cuda, x.cuda, sizes[k], chance[p], 99 + (uint64_t)p, (uint64_t)1 << 40));
+        CHECK_OK(
+            halo_cuda_dropout(t, y.cuda, x.cuda, sizes[k], chance[p], 99 + (uint64_t)p, (uint64_t)1 << 40));
         twin_compare("dropout", &y, 0, 0);
       }
       twin_free(&x), twin_free(&y);
@@ -566,7 +582,8 @@ static void tail_compare(const char *what, const void *cuda, int64_t n, const ui
   uint16_t got[TAIL];
   CHECK_OK(halo_cuda_copy_out(got, (const uint16_t *)cuda + n - TAIL, sizeof got));
   int64_t bad = 0;
-  for (int64_t i = 0; i < TAIL; i++) bad += fabs(bf16_value(got[i]) - bf16_value(expected[i])) > 8.1e-3 * fabs(bf16_value(expected[i]));
+  for (int64_t i = 0; i < TAIL; i++)
+    bad += fabs(bf16_value(got[i]) - bf16_value(expected[i])) > 8.1e-3 * fabs(bf16_value(expected[i]));
   if (bad > 0) fprintf(stderr, "huge %s: %lld of the last %d differ\n", what, (long long)bad, TAIL);
   CHECK(bad == 0);
 }
@@ -588,9 +605,11 @@ static void huge_tensors(void) {
   CHECK_OK(halo_cuda_unary(HALO_BF16, HALO_UNARY_silu, y, x, n, 0, 0));
   tail_compare("silu", y, n, expected);
   // A repeated row, so that places are looked for.
-  const int64_t shape[2] = {rows, cols}, whole[2] = {cols, 1}, repeated[2] = {0, 1}, dense[1] = {1}, few[1] = {TAIL};
+  const int64_t shape[2] = {rows, cols}, whole[2] = {cols, 1}, repeated[2] = {0, 1}, dense[1] = {1},
+                few[1] = {TAIL};
   CHECK_OK(halo_cpu_binary(HALO_BF16, HALO_BINARY_add, expected, tail, tail, 1, few, dense, dense));
-  CHECK_OK(halo_cuda_binary(HALO_BF16, HALO_BINARY_add, y, x, (uint16_t *)x + n - cols, 2, shape, whole, repeated));
+  CHECK_OK(halo_cuda_binary(HALO_BF16, HALO_BINARY_add, y, x, (uint16_t *)x + n - cols, 2, shape, whole,
+                            repeated));
   tail_compare("add", y, n, expected);
   double sum = 0;
   for (int i = 0; i < TAIL; i++) sum += bf16_value(tail[i]);
@@ -612,7 +631,8 @@ static void huge_tensors(void) {
   CHECK_OK(halo_cpu_softmax(HALO_BF16, expected, tail, 1, TAIL, 1, 0));
   tail_compare("softmax", y, n, expected);
   CHECK_OK(halo_cuda_softmax(HALO_BF16, y, x, 1, n / TAIL, TAIL, 1)); // by columns: the last row
-  CHECK_OK(halo_cuda_triangle(2, y, x, 1, rows, cols, -(rows - 1), 1)); // only the last row's diagonal is in doubt
+  CHECK_OK(
+      halo_cuda_triangle(2, y, x, 1, rows, cols, -(rows - 1), 1)); // only the last row's diagonal is in doubt
   tail_compare("triangle", y, n, tail);
   CHECK_OK(halo_cuda_dropout(HALO_BF16, y, x, n, 0, 1, 1));
   tail_compare("dropout", y, n, tail);
@@ -634,17 +654,17 @@ static double seconds(void) {
   return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 static double copy_rate;
-#define RATE(label, bytes, call)                                                          \
-  do {                                                                                    \
-    halo_status status_ = HALO_OK;                                                        \
-    for (int i_ = 0; i_ < 2 && status_ == HALO_OK; i_++) status_ = (call);                \
-    if (status_ == HALO_OK) status_ = halo_cuda_synchronize();                            \
-    const double begin_ = seconds();                                                      \
-    for (int i_ = 0; i_ < 10 && status_ == HALO_OK; i_++) status_ = (call);               \
-    if (status_ == HALO_OK) status_ = halo_cuda_synchronize();                            \
-    const double took_ = (seconds() - begin_) / 10, rate_ = (double)(bytes) / took_ / 1e12; \
-    if (copy_rate == 0) copy_rate = rate_;                                                \
-    if (status_ != HALO_OK) printf("%-44s failed: %s\n", label, halo_error_message());    \
+#define RATE(label, bytes, call)                                                                             \
+  do {                                                                                                       \
+    halo_status status_ = HALO_OK;                                                                           \
+    for (int i_ = 0; i_ < 2 && status_ == HALO_OK; i_++) status_ = (call);                                   \
+    if (status_ == HALO_OK) status_ = halo_cuda_synchronize();                                               \
+    const double begin_ = seconds();                                                                         \
+    for (int i_ = 0; i_ < 10 && status_ == HALO_OK; i_++) status_ = (call);                                  \
+    if (status_ == HALO_OK) status_ = halo_cuda_synchronize();                                               \
+    const double took_ = (seconds() - begin_) / 10, rate_ = (double)(bytes) / took_ / 1e12;                  \
+    if (copy_rate == 0) copy_rate = rate_;                                                                   \
+    if (status_ != HALO_OK) printf("%-44s failed: %s\n", label, halo_error_message());                       \
     else printf("%-44s %9.1f us %6.2f TB/s %4.0f %%\n", label, took_ * 1e6, rate_, 100 * rate_ / copy_rate); \
   } while (0)
 
@@ -675,17 +695,23 @@ static void bench(void) {
       RATE(NAMED(unary_name[k]), 2 * bytes, halo_cuda_unary(t, k, z, x, n, 0.5, 1));
     }
     for (int k = 0; k < HALO_UNARY_COUNT; k++) {
-      if (k != HALO_UNARY_silu && k != HALO_UNARY_gelu_tanh && k != HALO_UNARY_exp && k != HALO_UNARY_gelu) continue;
+      if (k != HALO_UNARY_silu && k != HALO_UNARY_gelu_tanh && k != HALO_UNARY_exp && k != HALO_UNARY_gelu)
+        continue;
       snprintf(label, sizeof label, "%s %s gradient", dtype_name[d], unary_name[k]);
       RATE(label, 3 * bytes, halo_cuda_unary_bwd(t, k, z, y, x, n, 0.5, 1));
     }
     RATE(NAMED("add"), 3 * bytes, halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 1, shape, one, one));
-    RATE(NAMED("mul gradient, both"), 5 * bytes, halo_cuda_binary_bwd(t, HALO_BINARY_mul, z, at, w, x, y, 1, shape, one, one));
+    RATE(NAMED("mul gradient, both"), 5 * bytes,
+         halo_cuda_binary_bwd(t, HALO_BINARY_mul, z, at, w, x, y, 1, shape, one, one));
     RATE(NAMED("add a row"), 2 * bytes, halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, plane, dense, row));
-    RATE(NAMED("add a column"), 2 * bytes, halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, plane, dense, column));
-    RATE(NAMED("add a row, odd"), 2 * bytes, halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, odd, odd_dense, row));
-    RATE(NAMED("add transposed 8192^2"), 3 * e * 8192 * 8192, halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, square, square_dense, turned));
-    RATE(NAMED("compare lt"), 2 * bytes + n, halo_cuda_compare(t, HALO_COMPARE_lt, z, x, y, 1, shape, one, one));
+    RATE(NAMED("add a column"), 2 * bytes,
+         halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, plane, dense, column));
+    RATE(NAMED("add a row, odd"), 2 * bytes,
+         halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, odd, odd_dense, row));
+    RATE(NAMED("add transposed 8192^2"), 3 * e * 8192 * 8192,
+         halo_cuda_binary(t, HALO_BINARY_add, z, x, y, 2, square, square_dense, turned));
+    RATE(NAMED("compare lt"), 2 * bytes + n,
+         halo_cuda_compare(t, HALO_COMPARE_lt, z, x, y, 1, shape, one, one));
     RATE(NAMED("where"), 3 * bytes + n, halo_cuda_where(e, z, w, x, y, 1, shape, one, one, one));
     static const int64_t inner1[] = {16, 128, 1024, 2048, 8192, 32768, 1 << 20};
     for (int k = 0; k < 7; k++) {
@@ -710,18 +736,23 @@ static void bench(void) {
     RATE(NAMED("sum, columns [.,2048,2048]"), bytes, halo_cuda_sum(t, z, x, n >> 22, 2048, 2048, 1));
     RATE(NAMED("sum, columns [1,.,2048]"), bytes, halo_cuda_sum(t, z, x, 1, n >> 11, 2048, 1));
     RATE(NAMED("sum, columns [.,64,3]"), bytes, halo_cuda_sum(t, z, x, n / 192, 64, 3, 1));
-    RATE(NAMED("argmax, columns [.,2048,2048]"), bytes, halo_cuda_extreme(t, 1, z, at, x, n >> 22, 2048, 2048));
-    RATE(NAMED("softmax, columns [.,2048,2048]"), 2 * bytes, halo_cuda_softmax(t, z, x, n >> 22, 2048, 2048, 0));
+    RATE(NAMED("argmax, columns [.,2048,2048]"), bytes,
+         halo_cuda_extreme(t, 1, z, at, x, n >> 22, 2048, 2048));
+    RATE(NAMED("softmax, columns [.,2048,2048]"), 2 * bytes,
+         halo_cuda_softmax(t, z, x, n >> 22, 2048, 2048, 0));
     RATE(NAMED("softmax, columns [.,64,128]"), 2 * bytes, halo_cuda_softmax(t, z, x, n >> 13, 64, 128, 0));
-    RATE(NAMED("cumsum, columns [.,2048,2048]"), 2 * bytes, halo_cuda_cumsum(t, z, x, n >> 22, 2048, 2048, 0));
+    RATE(NAMED("cumsum, columns [.,2048,2048]"), 2 * bytes,
+         halo_cuda_cumsum(t, z, x, n >> 22, 2048, 2048, 0));
     RATE(NAMED("triangle 8192^2"), 1.5 * e * 8192 * 8192, halo_cuda_triangle(e, z, x, 1, 8192, 8192, 0, 0));
     RATE(NAMED("dropout"), 2 * bytes, halo_cuda_dropout(t, z, x, n, 0.1, 1, 1));
     const int64_t m = 1 << 20;
     int64_t *index = malloc((size_t)m * 8);
     for (int64_t i = 0; i < m; i++) index[i] = (int64_t)(next_u64() % (uint64_t)((bytes / 16) >> 10));
     halo_cuda_copy_in(at, index, m * 8);
-    RATE(NAMED("take 32K rows of 2048"), 2 * e * 32768 * 2048, halo_cuda_take(e, z, x, at, 1, (bytes / 16) >> 10, 32768, 2048));
-    RATE(NAMED("take_add 32K rows of 2048, f32 sums"), (e + 8) * 32768 * 2048, halo_cuda_take_add(t, z, x, at, 1, (bytes / 16) >> 10, 32768, 2048));
+    RATE(NAMED("take 32K rows of 2048"), 2 * e * 32768 * 2048,
+         halo_cuda_take(e, z, x, at, 1, (bytes / 16) >> 10, 32768, 2048));
+    RATE(NAMED("take_add 32K rows of 2048, f32 sums"), (e + 8) * 32768 * 2048,
+         halo_cuda_take_add(t, z, x, at, 1, (bytes / 16) >> 10, 32768, 2048));
     for (int64_t i = 0; i < m; i++) index[i] %= 64;
     halo_cuda_copy_in(at, index, m * 8);
     RATE(NAMED("gather 1M of [1M,64]"), m * (8 + 32 + e), halo_cuda_gather(e, z, x, at, m, 64, 1, 1));
