@@ -136,11 +136,12 @@ int32_t halo__math(void) {
     flags = (is_set("HALO_TF32") ? HALO_MATH_TF32 : 0) | (is_set("HALO_MATH_FIXED") ? HALO_MATH_FIXED : 0);
     math = flags;
   }
-  return flags;
+  return halo_deterministic() ? flags | HALO_MATH_FIXED : flags;
 }
 
 int32_t halo_set_math(int32_t flags) {
-  const int32_t before = halo__math();
+  halo__math(); // reads the environment the first time
+  const int32_t before = math;
   if (flags >= 0) math = flags & (HALO_MATH_TF32 | HALO_MATH_FIXED);
   return before;
 }

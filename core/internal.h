@@ -198,7 +198,7 @@ enum {
 
 /* ---- device.c ------------------------------------------------------------------------------ */
 
-/* The HALO_MATH_ flags in force; kernels/cuda/gemm.cu asks. */
+/* The HALO_MATH_ flags in force, FIXED with halo_set_deterministic as well; kernels/cuda/gemm.cu asks. */
 int32_t halo__math(void);
 
 /* ---- trace.c and signals.c ------------------------------------------------------------------ */
