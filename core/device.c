@@ -98,7 +98,9 @@ halo_status halo_synchronize(int32_t device) {
 }
 
 const char *halo_cuda_targets(void) {
-#ifdef HALO_CUDA_TARGETS
+#if defined(HALO_WITH_SHADOW)
+  return "shadow";
+#elif defined(HALO_CUDA_TARGETS)
   return HALO_CUDA_TARGETS;
 #else
   return "";
