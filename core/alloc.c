@@ -361,6 +361,7 @@ void halo_memory_reset_peak(int32_t device) {
 
 void halo_memory_trim(int32_t device) {
   if (device == HALO_CUDA && halo__device_ready(HALO_CUDA) == HALO_OK) {
+    halo__offload_trim();
     halo__kernels(HALO_CUDA)->memory_trim();
   }
   if (device != HALO_CPU) return;

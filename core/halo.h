@@ -243,6 +243,12 @@ HALO_API int64_t halo_tape_live_nodes(void);
 HALO_API halo_status halo_tape_checkpoint(halo_tensor *const *outputs, int32_t n_out,
                                           halo_tensor *const *inputs, int32_t n_in, int64_t token);
 
+/* The same; inputs whose bit is set in `offload` wait in pinned host memory meanwhile, and come back one
+ * checkpoint ahead of need (halo_offload_new). For inputs of blocks at the longest contexts. */
+HALO_API halo_status halo_tape_checkpoint_offload(halo_tensor *const *outputs, int32_t n_out,
+                                                  halo_tensor *const *inputs, int32_t n_in,
+                                                  int64_t token, uint32_t offload);
+
 /* Tokens of checkpoints whose forward was dropped without a backward, since the last call: their
  * functions can be forgotten. Fills up to capacity and returns how many; more may be left then. */
 HALO_API int32_t halo_tape_dropped(int64_t *tokens, int32_t capacity);
@@ -261,6 +267,18 @@ HALO_API halo_status halo_backward_inputs(halo_backward *b, halo_tensor **out, i
 HALO_API halo_status halo_backward_recomputed(halo_backward *b, halo_tensor *const *outputs,
                                               int32_t n_out);
 HALO_API void halo_backward_free(halo_backward *b);
+
+/* A tensor that waits in pinned host memory. halo_offload_new begins the copy, beside the computation; the
+ * device memory goes when the copy is done and the caller has freed the tensor. prefetch begins the way
+ * back, fetch makes the computation (not the host) wait for it and gives a new tensor, as often as wanted.
+ * A tensor in host memory is simply kept. */
+typedef struct halo_offload halo_offload;
+HALO_API halo_status halo_offload_new(halo_offload **out, halo_tensor *t);
+HALO_API halo_status halo_offload_prefetch(halo_offload *o);
+HALO_API halo_status halo_offload_fetch(halo_tensor **out, halo_offload *o);
+HALO_API void halo_offload_free(halo_offload *o);
+/* Pinned host memory held, spare buffers included; halo_memory_trim(HALO_CUDA) gives those back. */
+HALO_API int64_t halo_offload_host_bytes(void);
 
 /* ---- Optimizer ------------------------------------------------------------------------------ */
 

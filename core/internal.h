@@ -66,6 +66,9 @@ static inline bool halo__add(int64_t a, int64_t b, int64_t *out) {
   return a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, out);
 }
 
+/* offload.c: give spare pinned buffers back. */
+void halo__offload_trim(void);
+
 /* ---- device.c ------------------------------------------------------------------------------- */
 
 /* HALO_EUNSUPPORTED with the reason when nothing can run there: no CUDA in this build, no driver, no

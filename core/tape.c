@@ -49,6 +49,8 @@ struct halo__node {
   bool queued, used;
   bool is_checkpoint;
   int64_t token;
+  halo_offload **offload;             /* checkpoint: [HALO_MAX_INPUTS], inputs that wait elsewhere */
+  halo__node *older, *newer;          /* list of nodes with such inputs, by age */
   const char *name;
   halo__call_fn backward;
   halo__call call;
@@ -105,6 +107,30 @@ static void call_clear(halo__call *c) {
   c->extra = NULL;
 }
 
+/* Nodes with offloaded inputs, newest first: backward meets them in this order. */
+static pthread_mutex_t offloaded_lock = PTHREAD_MUTEX_INITIALIZER;
+static halo__node *newest_offloaded;
+
+static void offload_empty(halo__node *n) {
+  if (n->offload == NULL) return;
+  pthread_mutex_lock(&offloaded_lock);
+  if (n->newer != NULL) n->newer->older = n->older;
+  if (n->older != NULL) n->older->newer = n->newer;
+  if (newest_offloaded == n) newest_offloaded = n->older;
+  n->older = n->newer = NULL;
+  pthread_mutex_unlock(&offloaded_lock);
+  for (int32_t i = 0; i < HALO_MAX_INPUTS; i++) halo_offload_free(n->offload[i]);
+  free(n->offload);
+  n->offload = NULL;
+}
+
+/* Begin to bring the inputs of n back. What fails here fails again, and is told, when they are fetched. */
+static void prefetch(halo__node *n) {
+  for (int32_t i = 0; n != NULL && n->offload != NULL && i < HALO_MAX_INPUTS; i++) {
+    if (n->offload[i] != NULL) halo_offload_prefetch(n->offload[i]);
+  }
+}
+
 /* Drop one reference; a node that dies is put on the list `dead`. */
 static void node_unref(halo__node *n, halo__node **dead) {
   if (n == NULL || --n->references > 0) return;
@@ -116,6 +142,7 @@ static void node_unref(halo__node *n, halo__node **dead) {
  * being freed by recursion: a tape of a million nodes must not overflow the C stack. */
 static void node_empty(halo__node *n, halo__node **dead) {
   call_clear(&n->call);
+  offload_empty(n);
   for (int32_t i = 0; i < HALO_MAX_INPUTS; i++) {
     halo_tensor *in = n->call.in[i];
     if (in != NULL && in->references == 1) {
@@ -294,6 +321,27 @@ halo_status halo__run(halo__call *c, const char *name, halo__call_fn forward,
 
 halo_status halo_tape_checkpoint(halo_tensor *const *outputs, int32_t n_out,
                                  halo_tensor *const *inputs, int32_t n_in, int64_t token) {
+  return halo_tape_checkpoint_offload(outputs, n_out, inputs, n_in, token, 0);
+}
+
+/* Input i of node n waits elsewhere: the node keeps its shape only. */
+static halo_status offload_input(halo__node *n, int32_t i, halo_tensor *t) {
+  if (n->offload == NULL) {
+    n->offload = calloc(HALO_MAX_INPUTS, sizeof *n->offload);
+    HALO_CHECK(n->offload != NULL, HALO_ENOMEM, "tape_checkpoint: no memory for a node");
+    pthread_mutex_lock(&offloaded_lock);
+    n->older = newest_offloaded;
+    if (n->older != NULL) n->older->newer = n;
+    newest_offloaded = n;
+    pthread_mutex_unlock(&offloaded_lock);
+  }
+  HALO_TRY(halo_offload_new(&n->offload[i], t));
+  return halo__meta_like(&n->call.in[i], t);
+}
+
+halo_status halo_tape_checkpoint_offload(halo_tensor *const *outputs, int32_t n_out,
+                                         halo_tensor *const *inputs, int32_t n_in, int64_t token,
+                                         uint32_t offload) {
   HALO_CHECK(n_out > 0 && n_out <= HALO_MAX_OUTPUTS && n_in >= 0 && n_in <= HALO_MAX_INPUTS,
              HALO_EARG, "tape_checkpoint: %d inputs and %d outputs, at most %d and %d", n_in, n_out,
              HALO_MAX_INPUTS, HALO_MAX_OUTPUTS);
@@ -312,7 +360,9 @@ halo_status halo_tape_checkpoint(halo_tensor *const *outputs, int32_t n_out,
   halo_status status = HALO_OK;
   for (int32_t i = 0; i < n_in && status == HALO_OK; i++) {
     if (inputs[i] == NULL) continue;
-    status = halo_tensor_retain(&n->call.in[i], inputs[i]);
+    // A leaf stays where it is: the edge holds it.
+    const bool waits = (offload >> i & 1) != 0 && (inputs[i]->node != NULL || !wants_grad(inputs[i]));
+    status = waits ? offload_input(n, i, inputs[i]) : halo_tensor_retain(&n->call.in[i], inputs[i]);
     set_edge(&n->edges[i], inputs[i]);
   }
   for (int32_t i = 0; i < n_out && status == HALO_OK; i++) {
@@ -607,6 +657,8 @@ halo_status halo_backward_next(halo_backward *b, int32_t *event_out, int64_t *to
     halo__node *n = heap_pop(f);
     if (n->is_checkpoint) {
       b->waiting = n;
+      prefetch(n);
+      prefetch(n->older);
       *event_out = HALO_BACKWARD_RECOMPUTE;
       *token_out = n->token;
       return HALO_OK;
@@ -627,7 +679,11 @@ halo_status halo_backward_inputs(halo_backward *b, halo_tensor **out, int32_t ca
              capacity, n->call.n_in);
   for (int32_t i = 0; i < n->call.n_in; i++) {
     if (b->leaves[i] == NULL && n->call.in[i] != NULL) {
-      HALO_TRY(halo_tensor_detach(&b->leaves[i], n->call.in[i]));
+      if (n->offload != NULL && n->offload[i] != NULL) {
+        HALO_TRY(halo_offload_fetch(&b->leaves[i], n->offload[i]));
+      } else {
+        HALO_TRY(halo_tensor_detach(&b->leaves[i], n->call.in[i]));
+      }
       b->leaves[i]->requires_grad = n->edges[i].node != NULL || n->edges[i].leaf != NULL;
     }
     out[i] = b->leaves[i];

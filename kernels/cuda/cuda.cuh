@@ -29,6 +29,9 @@ halo_status halo__error(halo_status status, const char *format, ...)
  * behind the work that uses it. */
 halo_status halo__alloc(void **out, int64_t bytes, halo_device device);
 void halo__free(void *p);
+/* The op that this thread runs now, NULL outside of ops, and its number, -1 outside. */
+const char *halo__op_now(bool *is_backward);
+int32_t halo__op_number_now(void);
 }
 
 /* memory.cu. The compute stream of the current device, made on first use. */
@@ -41,18 +44,22 @@ struct halo__cuda_properties {
 };
 /* Of the current device; cached. */
 const halo__cuda_properties *halo__cuda_device(void);
-/* HALO_ECUDA, or HALO_ENOMEM, with the name of the call and CUDA's own words. */
+/* HALO_OK when the device can be used; the first error when one has made it unusable, until the process
+ * ends. */
+halo_status halo__cuda_ready(void);
+/* HALO_ECUDA, or HALO_ENOMEM, with the op that runs, the name of the call and CUDA's own words. */
 halo_status halo__cuda_error(cudaError_t error, const char *what);
 /* After a launch: its error if any; waits under HALO_DEBUG_SYNC=1. */
 halo_status halo__cuda_launched(const char *name);
 /* Where a kernel leaves word of bad input (a token id out of range): the first report wins, and
- * `synchronize` or the next copy_out turns it into HALO_EARG. `code` is a halo__cuda_code. */
+ * `synchronize` or the next copy_out turns it into HALO_EARG. `code` is a halo__cuda_code. Every op has
+ * its own slot, so that the message can name it. */
 enum halo__cuda_code { HALO__CUDA_FINE = 0, HALO__CUDA_TOKEN_ID, HALO__CUDA_LABEL, HALO__CUDA_INDEX };
 struct halo__cuda_report {
   int code;
   long long where, value, limit;
 };
-/* Device address of the report (pinned host memory that kernels can write). */
+/* Device address of the slot of the op that runs now (pinned host memory that kernels can write). */
 halo__cuda_report *halo__cuda_report_slot(void);
 
 #define HALO_CUDA_TRY(call)                                                               \

@@ -6,10 +6,10 @@
 #   }
 #
 # Which pointers are host memory is a matter of names and types, as kernels.def says: small arrays (shape,
-# stride), structs, and what memory.c handles itself, which is left out here.
+# stride), structs, marks, and what memory.c handles itself, which is left out here.
 BEGIN {
   split("memory_new memory_free memory_trim copy_in copy_out copy zero synchronize " \
-        "device_count device_read device_select host_new host_free", own, " ")
+        "device_count device_read device_select", own, " ")
   for (i in own) by_hand[own[i]] = 1
   print "/* Made by forward.awk from kernels.def. */"
   print "#include \"shadow/shadow.h\"\n"
@@ -21,7 +21,7 @@ function trim(s) { sub(/^ +/, "", s); sub(/ +$/, "", s); return s }
   line = $0
   sub(/^HALO_KERNEL\(/, "", line)
   name = line; sub(/,.*/, "", name)
-  if (name in by_hand || name ~ /^offload_/) next
+  if (name in by_hand || name ~ /^(pinned|offload)_/) next
   args = line; sub(/^[^,]*, *\(/, "", args); sub(/\)\) *$/, "", args)
   n = split(args, part, ",")
   checks = ""; call = ""
@@ -32,6 +32,7 @@ function trim(s) { sub(/^ +/, "", s); sub(/ +$/, "", s); return s }
     gsub(/const /, "", type); gsub(/ /, "", type)
     call = call (i > 1 ? ", " : "") id
     if (type !~ /\*$/ || name ~ /^mark/) continue # marks are host memory on the host's clock
+    if (name ~ /^mark/) continue
     if (type ~ /^halo_/) {
       sub(/\*$/, "", type)
       checks = checks "  HALO_TRY(halo__shadow_" type "(\"" name "\", " id "));\n"

@@ -256,6 +256,55 @@ halo_status halo_cuda_zero(void *y, int64_t bytes) {
   return HALO_OK;
 }
 
+/* ---- offload: copies are done only when somebody waits for them ------------------------------- */
+
+enum { MAX_LATE = 64 };
+static struct late {
+  void *to;
+  const void *from;
+  int64_t bytes;
+} late[MAX_LATE];
+static int64_t late_begun, late_done; /* tickets given out, copies made */
+
+static halo_status catch_up(int64_t to) {
+  for (; late_done < to; late_done++) {
+    const struct late *l = &late[late_done % MAX_LATE];
+    halo__shadow_open();
+    memcpy(l->to, l->from, (size_t)l->bytes);
+    halo__shadow_close();
+  }
+  return HALO_OK;
+}
+
+static halo_status postpone(void *to, const void *from, int64_t bytes, int64_t *ticket) {
+  if (late_begun - late_done == MAX_LATE) catch_up(late_done + 1);
+  late[late_begun % MAX_LATE] = (struct late){to, from, bytes};
+  *ticket = late_begun++;
+  return HALO_OK;
+}
+
+halo_status halo_cuda_pinned_new(void **out, int64_t bytes) { return halo_cpu_memory_new(out, bytes); }
+halo_status halo_cuda_pinned_free(void *p) { return halo_cpu_memory_free(p, 0); }
+
+halo_status halo_cuda_offload_out(void *host, const void *x, int64_t bytes, int64_t *ticket) {
+  HALO_TRY(halo__shadow_host("offload_out", "host", host));
+  HALO_TRY(halo__shadow_device("offload_out", "x", x));
+  return postpone(host, x, bytes, ticket);
+}
+
+halo_status halo_cuda_offload_in(void *y, const void *host, int64_t bytes, int64_t *ticket) {
+  HALO_TRY(halo__shadow_device("offload_in", "y", y));
+  HALO_TRY(halo__shadow_host("offload_in", "host", host));
+  return postpone(y, host, bytes, ticket);
+}
+
+halo_status halo_cuda_offload_wait(int64_t ticket) {
+  HALO_CHECK(ticket >= 0 && ticket < late_begun, HALO_EARG, "offload_wait: ticket %lld", (long long)ticket);
+  return catch_up(ticket + 1);
+}
+
+halo_status halo_cuda_offload_finish(void) { return catch_up(late_begun); }
+
 /* ---- the device ---------------------------------------------------------------------------- */
 
 halo_status halo_cuda_device_count(int32_t *out) {

@@ -66,19 +66,13 @@ local function fresh_results(fn, ...)
   return results
 end
 
---- Run `fn(...)` and keep only its arguments: in backward it is run again to rebuild what was dropped.
--- It must be a function of its arguments and of leaves (weights), and give the same results again:
--- random numbers come from counters, plans from the caller. Tensors made inside are freed when it ends,
--- as in `memory.scope`.
--- @tparam function fn
--- @param ... tensors (at most 8) and other values, handed over as they are
--- @return what `fn` returns: at most 4 values, those that are tensors can be differentiated
--- @usage x = autograd.checkpoint(function(h) return block:forward(h, plan) end, x)
-function M.checkpoint(fn, ...)
+-- Called as the last thing of the public functions, so that it stands in their frame.
+local function keep_arguments(is_offloaded, fn, ...)
   if not M.is_enabled() then return fn(...) end
   forget_dropped()
   local given, n_given = { ... }, select("#", ...)
   local inputs, places = ffi.new("halo_tensor *[?]", C.HALO_MAX_INPUTS), {}
+  local offload = 0
   for i = 1, n_given do
     if is_tensor(given[i]) then
       if #places == C.HALO_MAX_INPUTS then
@@ -86,6 +80,7 @@ function M.checkpoint(fn, ...)
           :format(tonumber(C.HALO_MAX_INPUTS)), 2)
       end
       inputs[#places] = tensor.check(given[i], ("checkpoint: argument %d"):format(i), 2)
+      if is_offloaded and given[i].requires_grad then offload = offload + 2 ^ #places end
       places[#places + 1] = i
     end
   end
@@ -99,12 +94,27 @@ function M.checkpoint(fn, ...)
   end
   if has_output then
     next_token = next_token + 1
-    call_at(2, C.halo_tape_checkpoint, outputs, results.n, inputs, #places, next_token)
+    call_at(2, C.halo_tape_checkpoint_offload, outputs, results.n, inputs, #places, next_token, offload)
     for _, place in ipairs(places) do given[place] = false end -- the tape holds them
     pending[next_token] = { fn = fn, given = given, n_given = n_given, places = places }
   end
   return unpack(results, 1, results.n)
 end
+
+--- Run `fn(...)` and keep only its arguments: in backward it is run again to rebuild what was dropped.
+-- It must be a function of its arguments and of leaves (weights), and give the same results again:
+-- random numbers come from counters, plans from the caller. Tensors made inside are freed when it ends,
+-- as in `memory.scope`.
+-- @tparam function fn
+-- @param ... tensors (at most 8) and other values, handed over as they are
+-- @return what `fn` returns: at most 4 values, those that are tensors can be differentiated
+-- @usage x = autograd.checkpoint(function(h) return block:forward(h, plan) end, x)
+function M.checkpoint(fn, ...) return keep_arguments(false, fn, ...) end
+
+--- The same, and arguments that want a gradient (the hidden state that a block gets) wait in pinned host
+-- memory until backward needs them; the copies run beside the computation. Host memory is kept as it is.
+-- @see autograd.checkpoint
+function M.checkpoint_offloaded(fn, ...) return keep_arguments(true, fn, ...) end
 
 local n_inputs = ffi.new "int32_t[1]"
 
