@@ -5,17 +5,20 @@
 --
 --    weights      b P           gradients  4 P (8 P in f64)       moments  8 P (16 P), + 4 P master in bf16
 --    activations  block inputs, L E T, and the largest of three moments of the backward pass
---       MLP         what a block keeps (below), the gradient of its output, of gate and up
+--       MLP         what a block keeps (below), gradients of its output and input, and for one chunk of rows
+--                   gate, up, their product, and the gradients of these: 6 F
 --       attention   what attention keeps, gradients of o, q, k, v, and the kernel's fp32 sums
 --       loss        final hidden states, their gradient, one chunk of logits, the output matrix' gradient
 --    ring         W > 1: three slots of keys and values (b) and of their gradients (fp32), 2 Hk D T each
 --
 -- What a block keeps for its backward, columns of T elements: its two normed inputs and the residual
--- between them (3 E), q and o (2 H D), k and v (2 Hk D), log-sum-exp (H), gate, up and their product (3 F).
--- With recompute = "none" every block keeps that; with "block" only the one at hand.
+-- between them (3 E), q and o (2 H D), k and v (2 Hk D), log-sum-exp (H); with recompute = "none" also gate,
+-- up and their product (3 F), where all rows are one chunk (halo.model.decoder, core/nn_mlp.c). With
+-- recompute = "none" every block keeps that; with "block" only the one at hand.
 --
--- Buffers are counted as the allocator hands them out, in eighths of a power of two (core/alloc.c). A spec
--- holds the total to the peak of a real step within 15 %. flops follow the console line's definition,
+-- Buffers are counted as the allocator hands them out, in eighths of a power of two on the host, in 512 bytes
+-- on a device (core/alloc.c). A spec holds the total to the peak of a real step, within 15 % on the host and
+-- 5 % on a device. flops follow the console line's definition,
 -- 6 N + 6 L H D S rho per token: rho is the share of the causal triangle that is computed, known before the
 -- run only for dense attention, so the forecast says "at most" for the others.
 local M = {}
@@ -33,14 +36,15 @@ end
 --- Number of parameters of a resolved recipe's model.
 function M.parameters(model) return require("halo.model.decoder").count(config_of(model)) end
 
--- Size that the allocator hands out for a request.
-local function handed_out(bytes)
+-- Size that the allocator hands out for a request: eighths of a power of two on the host, 512 bytes on a
+-- device (core/alloc.c).
+local function handed_out(bytes, device)
+  if device ~= "cpu" then return math.ceil(bytes / 512) * 512 end
   if bytes <= 256 then return 256 end
   local base = 2 ^ math.floor(math.log(bytes) / math.log(2) + 1e-9)
   return base + math.ceil((bytes - base) / (base / 8)) * base / 8
 end
 
-local MLP_CHUNK = 4096 -- tokens, halo.job
 local LOSS_CHUNK_BYTES = 16 * 2 ^ 20 -- core/nn_loss.c
 
 -- Rows of logits at hand at once in training: core/nn_loss.c, chunk_rows.
@@ -50,21 +54,25 @@ local function loss_rows(m, wide, tokens)
   return math.ceil(tokens / math.ceil(tokens / most))
 end
 
--- Activations of one step on one rank that holds `tokens` tokens, of which one sequence has `per_rank`.
-local function activation_bytes(m, b, wide, tokens, per_rank)
+-- Activations of one step on one rank that holds `tokens` tokens.
+local function activation_bytes(m, device, b, wide, tokens)
   local q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-  local function columns(n, count, size) return n * handed_out(count * (size or b) * tokens) end
-  local chunks = per_rank > MLP_CHUNK and math.ceil(per_rank / MLP_CHUNK) or 1
-  local inner = handed_out(m.ffn * b * tokens / chunks) -- one of gate, up, product, for one chunk
-  local attention = columns(1, m.width) + columns(2, q) + columns(2, kv) + columns(1, m.heads, wide)
-  local kept = attention + columns(2, m.width) + 3 * chunks * inner + (chunks > 1 and columns(1, m.width) or 0)
-  local inputs = columns(m.layers, m.width) + columns(2, m.head_dim / 2)
-  local rows = loss_rows(m, wide, tokens)
+  local function bytes(count, size) return handed_out(count * (size or b), device) end
+  local function columns(n, count, size) return n * bytes(count * tokens, size) end
+  local chunk = require("halo.model.decoder").mlp_chunk[device]
+  local chunks = math.ceil(tokens / chunk)
+  local rows = math.ceil(tokens / chunks)
+  local inner = bytes(rows * 2 * m.ffn) + bytes(rows * m.ffn) -- gate beside up, and their product
+  local is_saved = m.recompute == "none" and chunks == 1
+  local attention = columns(2, q) + columns(2, kv) + columns(1, m.heads, wide)
+  local kept = attention + columns(3, m.width) + columns(2, 1, wide) + (is_saved and inner or 0)
+  local inputs = columns(m.layers, m.width) + columns(2, m.head_dim / 2, wide)
+  local logits = loss_rows(m, wide, tokens)
   local moments = {
-    mlp = kept + columns(1, m.width) + 2 * inner,
+    mlp = kept + columns(2, m.width) + (is_saved and 1 or 2) * inner,
     attention = attention + columns(2, m.width) + columns(2, q) + columns(2, kv) + columns(1, q, wide)
-      + columns(2, kv, wide),
-    loss = columns(3, m.width) + handed_out(rows * m.vocab * wide) + handed_out(m.vocab * m.width * wide),
+      + columns(2, kv, wide) + columns(2, kv),
+    loss = columns(3, m.width) + bytes(logits * m.vocab, wide) + bytes(m.vocab * m.width, wide),
   }
   local largest = math.max(moments.mlp, moments.attention, moments.loss)
   if m.recompute == "block" then return inputs + largest end
@@ -83,7 +91,7 @@ local function memory_of(resolved, stage, parameters)
     weights = b * parameters,
     gradients = wide * parameters,
     optimizer = 2 * wide * parameters + (resolved.dtype == "bf16" and 4 * parameters or 0),
-    activations = activation_bytes(m, b, wide, tokens, per_rank),
+    activations = activation_bytes(m, resolved.device or "cpu", b, wide, tokens),
     ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + q * wide or 0,
   }
   out.total = 0
