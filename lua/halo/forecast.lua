@@ -10,6 +10,7 @@
 --       attention   what attention keeps, gradients of o, q, k, v, and the kernel's fp32 sums
 --       loss        final hidden states, their gradient, one chunk of logits, the output matrix' gradient
 --    ring         W > 1: three slots of keys and values (b) and of their gradients (fp32), 2 Hk D T each
+--    host         offload: the block inputs, in pinned host memory; not part of the total
 --
 -- What a block keeps for its backward, columns of T elements: its two normed inputs and the residual
 -- between them (3 E), q and o (2 H D), k and v (2 Hk D), log-sum-exp (H); with recompute = "none" also gate,
@@ -55,7 +56,7 @@ local function loss_rows(m, wide, tokens)
 end
 
 -- Activations of one step on one rank that holds `tokens` tokens.
-local function activation_bytes(m, device, b, wide, tokens)
+local function activation_bytes(m, device, b, wide, tokens, offload)
   local q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
   local function bytes(count, size) return handed_out(count * (size or b), device) end
   local function columns(n, count, size) return n * bytes(count * tokens, size) end
@@ -66,7 +67,9 @@ local function activation_bytes(m, device, b, wide, tokens)
   local is_saved = m.recompute == "none" and chunks == 1
   local attention = columns(2, q) + columns(2, kv) + columns(1, m.heads, wide)
   local kept = attention + columns(3, m.width) + columns(2, 1, wide) + (is_saved and inner or 0)
-  local inputs = columns(m.layers, m.width) + columns(2, m.head_dim / 2, wide)
+  -- Of offloaded inputs two are on the device: one leaving or coming, one in use (core/offload.c).
+  local inputs = columns(offload and device ~= "cpu" and math.min(2, m.layers) or m.layers, m.width)
+    + columns(2, m.head_dim / 2, wide)
   local logits = loss_rows(m, wide, tokens)
   local moments = {
     mlp = kept + columns(2, m.width) + (is_saved and 1 or 2) * inner,
@@ -91,7 +94,8 @@ local function memory_of(resolved, stage, parameters)
     weights = b * parameters,
     gradients = wide * parameters,
     optimizer = 2 * wide * parameters + (resolved.dtype == "bf16" and 4 * parameters or 0),
-    activations = activation_bytes(m, resolved.device or "cpu", b, wide, tokens),
+    activations = activation_bytes(m, resolved.device or "cpu", b, wide, tokens, stage.offload),
+    host = stage.offload and resolved.device ~= "cpu" and b * m.layers * m.width * tokens or 0,
     ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + q * wide or 0,
   }
   out.total = 0

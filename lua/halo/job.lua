@@ -183,7 +183,7 @@ end
 -- What a forward pass needs besides ids: positions and the attention of this micro-batch.
 function Job:run_of(batch)
   local run = {
-    recompute = self.recipe.model.recompute == "block", mlp_chunk = model.decoder.mlp_chunk[self.device], weights = batch.weights,
+    recompute = self.recipe.model.recompute == "block", offload = self.stage.offload, mlp_chunk = model.decoder.mlp_chunk[self.device], weights = batch.weights,
     attend = function(layer, q, k, v) return self.attending:attend(layer, q, k, v) end,
   }
   run.cos, run.sin = self.model:positions(batch.positions, self.stage.context)

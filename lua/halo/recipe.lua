@@ -15,7 +15,7 @@
 -- The resolved table, which training, evaluation and reports read:
 --    name, about, seed, dtype, device, deterministic, out, file (where it was read)
 --    model      { type, family, layers, width, heads, kv_heads, head_dim, ffn, vocab, context, tie, eps,
---                 init, recompute, rope }, a config of halo.model; type = "hf" has `from` (a folder)
+--                 init, recompute, offload, rope }, a config of halo.model; type = "hf" has `from` (a folder)
 --                 too, and its sizes come from config.json. rope = { scheme, theta, factor, ... } of
 --                 halo.rope
 --    tokenizer  { type = "byte" } or { type = "bpe", from }
@@ -23,7 +23,7 @@
 --    data       { type, ... }, see `halo help data`
 --    optim      { lr = { peak, steps, decay, to, over }, betas, decay, clip, eps }
 --    stages     list of { name, context, tokens, steps, batch, accumulate, first_step, last_step,
---                 rope, attention, lr, data }; every field in full, but data is nil where the stage does
+--                 rope, attention, offload, lr, data }; every field in full, but data is nil where the stage does
 --                 not change it. lr has `first_step` and `last_step`, the
 --                 steps (counted from 1 over the run) that its shape spans
 --    attention  { type, ..., dense = { layers, below }, ring = { type, layout, block, inner }, frozen }
@@ -342,6 +342,7 @@ local function resolve_stage(recipe, out, node, i, before)
   stage.first_step = before and before.last_step + 1 or 1
   stage.last_step = stage.first_step + stage.steps - 1
   stage.attention = schema.resolve(staged(recipe.attention, set.attention, "attention", place))
+  if stage.offload == nil then stage.offload = out.model.offload end
   stage.data = set.data and schema.resolve(staged(recipe.data, set.data, "data", place))
   -- Each stage's scheme stays until another stage changes it.
   local rope = staged(before and before.rope_node or recipe.model.rope, set.rope, "rope", place)
@@ -416,6 +417,12 @@ local function check_whole(recipe, out)
     if (stage.batch / stage.accumulate) % out.mesh.dp ~= 0 then
       complain(("stage %s: batch / accumulate = %g sequences cannot be shared by mesh.dp = %d"):format(stage.name,
         stage.batch / stage.accumulate, out.mesh.dp), "batch")
+    end
+  end
+  for _, stage in ipairs(out.stages) do
+    if stage.offload and out.model.recompute ~= "block" then
+      complain(('stage %s: offload moves block inputs, and with recompute = "none" all else stays; use recompute = "block"')
+        :format(stage.name), "offload")
     end
   end
   check_mix(out.data, complain)

@@ -70,6 +70,8 @@ rope("longrope", "A factor per frequency, one list up to the original context an
 
 local recompute_field = { "recompute", kind.enum { "none", "block" }, default = "block",
   doc = "block: keep block inputs only and run blocks again in backward" }
+local offload_field = { "offload", kind.bool, default = false,
+  doc = "block inputs wait in host memory between forward and backward (with recompute, on a device)" }
 
 -- Formulas and reasons: model/init_weights.lua.
 define { name = "normal", group = "init", positional = "std",
@@ -106,6 +108,7 @@ local function model(family)
       { "rope", node "rope", default = new "default",
         shown_default = "default default { }", doc = "position scheme" },
       recompute_field,
+      offload_field,
     },
     example = ("model = model.%s { layers = 4, width = 256, heads = 8, kv_heads = 2 }"):format(family.name),
     check = function(v, complain)
@@ -133,6 +136,7 @@ define { name = "hf", group = "model", path = "model.hf", positional = "from",
     { "from", kind.path, required = true, doc = "folder" },
     { "rope", node "rope", doc = "position scheme (default: the folder's own)" },
     recompute_field,
+    offload_field,
   },
   example = 'model = model.hf "models/Qwen2.5-3B" { rope = yarn { to = 512*K } }' }
 
@@ -350,6 +354,7 @@ define { name = "stage", group = "stage", doc = "A stretch of training with one 
     { "rope", kind.changes "rope", doc = "position scheme from here on" },
     { "attention", kind.changes "attention", doc = "attention here: a pattern, or { some fields of the recipe's }" },
     { "lr", node "rate", doc = "learning rate of this stage alone" },
+    { "offload", kind.bool, doc = "block inputs in host memory here (default: the model's)" },
     { "data", kind.changes "data",
       doc = "what to read here: a source, or some fields of the recipe's, as { sources = { x = { length = 4*K } } }" },
   },

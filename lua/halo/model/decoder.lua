@@ -216,7 +216,8 @@ end
 --- Final hidden states `[B,T,E]` (after the last norm).
 -- @tparam Tensor ids i32 `[B,T]`
 -- @tparam table run `cos`, `sin` (from `positions`), `attend(layer, q, k, v) -> o`,
---   `recompute` (run each layer again in backward), `mlp_chunk` (rows of the MLP at hand, 0 = all; longer
+--   `recompute` (run each layer again in backward), `offload` (its input waits in host memory meanwhile),
+--   `mlp_chunk` (rows of the MLP at hand, 0 = all; longer
 --   inputs than that are made again in backward),
 --   `each_layer(layer, x)` (called with every layer's output; for probes)
 function Model:hidden(ids, run)
@@ -224,7 +225,8 @@ function Model:hidden(ids, run)
   for layer = 1, self.config.layers do
     local before = x
     if run.recompute and autograd.is_enabled() then
-      x = autograd.checkpoint(function(y) return self:layer(layer, y, run, autograd.is_recomputing()) end, x)
+      local checkpoint = run.offload and autograd.checkpoint_offloaded or autograd.checkpoint
+      x = checkpoint(function(y) return self:layer(layer, y, run, autograd.is_recomputing()) end, x)
     else
       x = memory.scope(self.layer, self, layer, x, run)
     end
