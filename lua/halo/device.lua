@@ -32,6 +32,19 @@ function M.count(name) return C.halo_device_count(numbers[name] or -1) end
 --- Why there is no device of a kind; "" when there is one.
 function M.reason(name) return ffi.string(C.halo_device_reason(numbers[name])) end
 
+local device_row = ffi.new "halo_device_row[1]"
+
+--- Facts about a device.
+-- @tparam string name
+-- @tparam[opt=1] int index which one, from 1
+-- @treturn table `name`, `total` and `free` (bytes), `major`, `minor` (compute capability), `processors`
+function M.facts(name, index)
+  halo_ffi.check(C.halo_device_read(device_row, numbers[name], (index or 1) - 1))
+  local r = device_row[0]
+  return { name = ffi.string(r.name), total = tonumber(r.total_bytes), free = tonumber(r.free_bytes), major = r.major,
+    minor = r.minor, processors = r.processors }
+end
+
 --- The name, when such a device is there.
 -- @tparam string name "cpu" or "cuda"
 -- @tparam[opt=1] int level frame to blame above the caller; 0: none

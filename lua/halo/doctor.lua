@@ -162,10 +162,14 @@ function checks.mpi()
 end
 
 function checks.cuda()
-  local C = require("halo.ffi").C
-  local n = C.halo_device_count(C.HALO_CUDA)
-  if n > 0 then return ok("cuda", ("%d device%s"):format(n, n == 1 and "" or "s")) end
-  return ok("cuda", "not built, or no device; optional")
+  local device = require "halo.device"
+  local n = device.count "cuda"
+  local targets = require("ffi").string(require("halo.ffi").C.halo_cuda_targets())
+  local built = targets ~= "" and ", built for " .. targets or ""
+  if n == 0 then return ok("cuda", ("%s%s; optional"):format(device.reason "cuda", built)) end
+  local facts = device.facts "cuda"
+  return ok("cuda", ("%s%s, %s, %s free, compute %d.%d, %d multiprocessors%s"):format(n > 1 and n .. " x " or "",
+    facts.name, term.bytes(facts.total), term.bytes(facts.free), facts.major, facts.minor, facts.processors, built))
 end
 
 function checks.packages()
@@ -211,7 +215,7 @@ end
 --- The parity proof as checks: one per (dtype, number of ranks).
 -- @tparam[opt] table o as for `halo.parity.run`
 function M.parity(o)
-  local out = {}
+  local out, device = {}, require "halo.device"
   for _, row in ipairs(require("halo.parity").run(o)) do
     local parts = {}
     for i, part in ipairs(require("halo.parity").parts) do parts[i] = ("%s %.0e"):format(part, row[part]) end
@@ -220,6 +224,16 @@ function M.parity(o)
     out[#out + 1] = row.ok and ok("ring " .. row.dtype, text)
       or fail("ring " .. row.dtype, text .. "; worst: " .. row.worst,
         "this build computes wrong results: do not train with it")
+  end
+  if device.count "cuda" == 0 then return out end
+  for _, row in ipairs(require("halo.parity").device()) do
+    local parts = {}
+    for i, part in ipairs(require("halo.parity").parts) do parts[i] = ("%s %.0e"):format(part, row[part]) end
+    local text = ("attention on 1 to %d ranks = fp64 on the cpu, %d cases, limit %.0e: %s"):format(row.ranks, row.cases,
+      row.limit, table.concat(parts, "  "))
+    out[#out + 1] = row.ok and ok("cuda " .. row.dtype, text)
+      or fail("cuda " .. row.dtype, text .. "; worst: " .. row.worst,
+        "this build computes wrong results on this device: do not train with it")
   end
   return out
 end

@@ -9,6 +9,8 @@
 --                    what `halo doctor --parity` shows
 --    parity.drift    the error against one fp64 rank as W grows: partial results that lose digits at
 --                    every hop show here (distributed.md 3)
+--    parity.device   attention on a device against one fp64 rank on the CPU, for head sizes of the fast
+--                    kernels and the general one, dense, sparse and packed, on one rank and over a ring
 --
 -- `parity.compute` is the run itself, over any communicator; tests compare processes with virtual ranks.
 -- Lengths do not divide: padding is part of what is proven. An error is the largest difference over the
@@ -32,6 +34,10 @@ M.parts = { "out", "lse", "dq", "dk", "dv" }
 
 --- Largest error that passes: the order of summation differs between W ranks and one, nothing else may.
 M.limits = { f64 = 1e-12, f32 = 1e-5 }
+
+--- The same on a device: tensor cores round what they multiply to bf16, 2^-9 of it, at three places of the
+-- backward pass.
+M.device_limits = { f32 = 1e-5, bf16 = 1.5e-2 }
 
 local shape_fields = {
   tokens = { "int", 1000 }, batch = { "int", 1 }, heads = { "int", 4 }, kv_heads = { "int", 2 },
@@ -94,7 +100,8 @@ end
 
 -- Value `what` (1 q, 2 k, 3 v, 4 gradient) of all tokens, fp32 values, `[B,N,heads,D]`.
 local function global_values(o, what, heads)
-  return tensor.normal { o.batch, o.tokens, heads, o.head_dim, seed = o.seed, stream = what }
+  local t = tensor.normal { o.batch, o.tokens, heads, o.head_dim, seed = o.seed, stream = what, device = "cpu" }
+  return o.rounded and t:cast(o.rounded):cast "f32" or t
 end
 
 -- The tokens that live in this process, padding zero.
@@ -111,8 +118,8 @@ local function deal(o, global, layout, comm, dtype)
       end
     end
   end
-  local t = tensor.from_pointer(to, { shape = { o.batch, here * T, heads, o.head_dim } })
-  return dtype == "f32" and t or t:cast(dtype)
+  local t = tensor.from_pointer(to, { shape = { o.batch, here * T, heads, o.head_dim }, device = "cpu" })
+  return (dtype == "f32" and t or t:cast(dtype)):to(o.device or "cpu"):detach()
 end
 
 -- All tokens in global order as doubles, from the parts of all processes. `rows` is what a token holds,
@@ -140,9 +147,12 @@ end
 -- @tparam table o sizes as in `parity.drift`, and:
 -- @tparam Comm o.comm
 -- @tparam[opt="f32"] string o.dtype
+-- @tparam[opt="cpu"] string o.device
+-- @tparam[opt] string o.rounded dtype that the inputs are rounded to first
 -- @treturn table out, lse, dq, dk, dv: `{ values = double[], count }` in global order
 function M.compute(o)
-  o = args.named("parity.compute", o, with { comm = "table", dtype = { "string", "f32" } })
+  o = args.named("parity.compute", o, with { comm = "table", dtype = { "string", "f32" },
+    device = { "string", "cpu" }, rounded = "string?" })
   local layout = layouts.new { kind = o.layout, tokens = o.tokens, world = o.comm:size(), block = o.block }
   local ring = rings.new { comm = o.comm, schedule = o.schedule, inner = o.inner }
   local plan = make_plan(o, layout)
@@ -239,6 +249,45 @@ function M.run(o)
       rows[#rows + 1] = run_row(ranks, dtype, references)
       if o.progress then o.progress(#rows, #o.ranks * #o.dtypes) end
     end
+  end
+  return rows
+end
+
+--- Compare attention on a device with one fp64 rank on the CPU.
+-- @tparam[opt] table o `device` ("cuda"), `ranks` ({ 1, 4 }), `dtypes` ({ "f32", "bf16" }), `head_dims`
+--   ({ 64, 128, 80 }), `tokens` (601), `progress`
+-- @treturn table rows as `run` gives them, with `device`
+function M.device(o)
+  o = args.named("parity.device", o or {}, { device = { "string", "cuda" }, ranks = { "table", { 1, 4 } },
+    dtypes = { "table", { "f32", "bf16" } }, head_dims = { "table", { 64, 128, 80 } }, tokens = { "int", 601 },
+    progress = "callable?" })
+  local rows = {}
+  for _, dtype in ipairs(o.dtypes) do
+    local row = { device = o.device, dtype = dtype, ranks = math.max(unpack(o.ranks)), cases = 0,
+      limit = M.device_limits[dtype], ok = true, largest = -1 }
+    for _, part in ipairs(M.parts) do row[part] = 0 end
+    for _, head_dim in ipairs(o.head_dims) do
+      for _, pattern in ipairs(patterns) do
+        local case = { tokens = o.tokens, head_dim = head_dim, block = 64, plan = pattern.plan,
+          documents = pattern.documents, rounded = dtype, layout = "contiguous", dtype = "f64" }
+        local truth = compute_on(1, case)
+        case.dtype, case.device, case.layout = dtype, o.device, "striped"
+        for _, ranks in ipairs(o.ranks) do
+          local result = compute_on(ranks, case)
+          row.cases = row.cases + 1
+          for _, part in ipairs(M.parts) do
+            local e = M.difference(result[part], truth[part])
+            row[part] = math.max(row[part], e)
+            row.ok = row.ok and e <= row.limit
+            if e > row.largest then
+              row.largest, row.worst = e, ("%s, %d ranks, heads of %d, %s"):format(part, ranks, head_dim, pattern.name)
+            end
+          end
+        end
+      end
+    end
+    rows[#rows + 1] = row
+    if o.progress then o.progress(#rows, #o.dtypes) end
   end
   return rows
 end
