@@ -11,6 +11,7 @@
  *   maximum   exact in any order
  *   memory    logits of a chunk of (batch, head) units at a time, at most
  *             halo__probe_work_bytes
+ *   device    the host computes; of q and k on a device the keys and the few rows come over
  */
 #include "probe.h"
 #include "ring.h"
@@ -62,8 +63,8 @@ static halo_status check_inputs(const char *what, const halo_tensor *q, const ha
   HALO_CHECK(halo__is_float(q->dtype) && q->dtype == k->dtype, HALO_EARG,
              "%s: q is %s and k is %s, wanted one floating dtype", what, halo__describe(q),
              halo__describe(k));
-  HALO_CHECK(halo__device(q) == HALO_CPU && halo__device(k) == HALO_CPU, HALO_EUNSUPPORTED,
-             "%s: q and k must be on the CPU", what);
+  HALO_CHECK(halo__device(q) == halo__device(k), HALO_EARG, "%s: q and k are on different devices",
+             what);
   HALO_CHECK(halo_ring_world(ring) == plan->layout.world, HALO_EARG,
              "%s: the ring has %d ranks, the plan's layout %d", what, halo_ring_world(ring),
              plan->layout.world);
@@ -85,6 +86,20 @@ static halo_status rows_contiguous(halo_tensor **out, const halo_tensor *t) {
   if (t->stride[3] == 1 || t->shape[3] == 1)
     return halo_tensor_retain(out, borrowed);
   return halo__contiguous(out, borrowed);
+}
+
+/* The keys for the probe, which computes on the host: from a device they come over, once per call. */
+static halo_status host_keys(halo_tensor **out, const halo_tensor *k) {
+  if (halo__device(k) == HALO_CPU) return rows_contiguous(out, k);
+  halo_tensor *host = NULL;
+  HALO_TRY(halo_tensor_new(&host, (int32_t)k->dtype, HALO_CPU, k->ndim, k->shape));
+  const halo_status status = halo_tensor_copy(host, k);
+  if (status != HALO_OK) {
+    halo_tensor_free(host);
+    return status;
+  }
+  *out = host;
+  return HALO_OK;
 }
 
 static halo_status allocate(halo__probe_job *p, int64_t size) {
@@ -153,7 +168,7 @@ halo_status halo__probe_open(halo__probe_job *p, const char *what, const halo_te
     p->chunk = 1;
   if (p->chunk > p->units)
     p->chunk = p->units;
-  HALO_TRY_GOTO(rows_contiguous(&p->k, k));
+  HALO_TRY_GOTO(host_keys(&p->k, k));
   HALO_TRY_GOTO(allocate(p, q->shape[3]));
   describe_ranks(p, q, scale);
 done:
@@ -178,27 +193,30 @@ void halo__probe_close(halo__probe_job *p) {
 
 /* Put one row of q (contiguous), widened into `row`, into lane l of a unit: element d at d*lanes+l.
  */
-static halo_status place_row(halo__probe_job *p, int32_t i, int64_t u, int64_t l,
-                             const halo_tensor *q, int64_t local, char *row) {
+static halo_status place_row(halo__probe_job *p, int32_t i, int64_t u, int64_t l, halo_tensor *q,
+                             int64_t local, halo_tensor *row) {
   const int64_t size = q->shape[3], bytes = halo_dtype_bytes(p->acc);
   const int64_t token = i * halo_layout_local_tokens(p->layout) + local;
   const int64_t at =
       u / q->shape[2] * q->stride[0] + token * q->stride[1] + u % q->shape[2] * q->stride[2];
-  const char *from = (const char *)halo__data(q) + at * halo_dtype_bytes(q->dtype);
   char *to = (char *)p->q[i] + (u * size * p->lanes + l) * bytes;
-  HALO_TRY(p->kernels->convert(row, p->acc, from, q->dtype, size));
+  halo_tensor *from = NULL;
+  HALO_TRY(halo__view(&from, q, 1, &size, &q->stride[3], at));
+  const halo_status status = halo_tensor_copy(row, from);
+  halo_tensor_free(from);
+  HALO_TRY(status);
+  const char *values = halo__data(row);
   for (int64_t d = 0; d < size; d++) {
-    memcpy(to + d * p->lanes * bytes, row + d * bytes, (size_t)bytes);
+    memcpy(to + d * p->lanes * bytes, values + d * bytes, (size_t)bytes);
   }
   return HALO_OK;
 }
 
 halo_status halo__probe_gather(halo__probe_job *p, const halo_tensor *q_any) {
   halo_status status = HALO_OK;
-  halo_tensor *q = NULL;
-  char *row = NULL;
+  halo_tensor *q = NULL, *row = NULL;
   HALO_TRY_GOTO(rows_contiguous(&q, q_any));
-  HALO_TRY_GOTO(halo__scratch((void **)&row, q->shape[3], halo_dtype_bytes(p->acc)));
+  HALO_TRY_GOTO(halo_tensor_new(&row, (int32_t)p->acc, HALO_CPU, 1, &q->shape[3]));
   for (int64_t u = 0; u < p->units; u++) {
     for (int64_t l = 0; l < p->lanes; l++) {
       const int64_t token = p->token[u * p->lanes + l];
@@ -214,7 +232,7 @@ halo_status halo__probe_gather(halo__probe_job *p, const halo_tensor *q_any) {
   }
   status = halo_comm_all_reduce(p->comm, p->q, p->units * q->shape[3] * p->lanes, p->acc);
 done:
-  halo__free(row);
+  halo_tensor_free(row);
   halo_tensor_free(q);
   return status;
 }
