@@ -117,6 +117,7 @@ function M.new(recipe, o)
   local self = setmetatable({ recipe = recipe, step_index = 0, tokens_seen = 0, hooks = {} }, Job)
   self.stages, self.total_steps = lay_out_stages(recipe), recipe.total.steps
   self.device = devices.require(recipe.device or "cpu", 0)
+  C.halo_set_deterministic(recipe.deterministic ~= false and 1 or 0)
   self.comm = open_world(recipe, o)
   self.rank, self.dp, self.cp = self.comm:rank(), recipe.mesh.dp, recipe.mesh.cp
   self.data_index = math.floor(self.rank / self.cp)
