@@ -71,6 +71,29 @@ local function product_rate()
   return best
 end
 
+-- "13.0" of 13000; nil of 0.
+local function cuda_version(number)
+  return number > 0 and ("%d.%d"):format(math.floor(number / 1000), math.floor(number % 1000 / 10)) or nil
+end
+
+-- What CUDA code this build has, the versions around it, and the devices.
+local function cuda()
+  local halo_ffi = require "halo.ffi"
+  local ffi, C = halo_ffi.ffi, halo_ffi.C
+  local versions = ffi.new "int32_t[2]"
+  C.halo_cuda_versions(versions, versions + 1)
+  local facts = { targets = ffi.string(C.halo_cuda_targets()), driver = cuda_version(versions[0]),
+    runtime = cuda_version(versions[1]), reason = ffi.string(C.halo_device_reason(C.HALO_CUDA)), devices = {} }
+  local row = ffi.new "halo_device_row"
+  for i = 0, C.halo_device_count(C.HALO_CUDA) - 1 do
+    if C.halo_device_read(row, C.HALO_CUDA, i) == 0 then
+      facts.devices[i + 1] = { name = ffi.string(row.name), major = row.major, minor = row.minor,
+        total = tonumber(row.total_bytes), free = tonumber(row.free_bytes), processors = row.processors }
+    end
+  end
+  return facts
+end
+
 --- Facts of this machine and build as a plain table, stored with every run.
 function M.environment()
   local halo = require "halo"
@@ -80,7 +103,8 @@ function M.environment()
   return {
     halo = halo.version, library = halo_ffi.path, luajit = jit.version, git = git and git:match "%x+" or nil,
     system = system(), processor = processor(), cores = process.cores(), memory = memory(), blas = blas(),
-    threads = halo_ffi.C.halo_threads(), cuda_devices = halo_ffi.C.halo_device_count(halo_ffi.C.HALO_CUDA),
+    threads = halo_ffi.C.halo_threads(), cuda = cuda(),
+    cuda_devices = halo_ffi.C.halo_device_count(halo_ffi.C.HALO_CUDA),
     date = os.date "!%Y-%m-%dT%H:%M:%SZ", host = (fs.read "/proc/sys/kernel/hostname" or ""):gsub("%s+$", ""),
   }
 end
@@ -162,14 +186,23 @@ function checks.mpi()
 end
 
 function checks.cuda()
-  local device = require "halo.device"
-  local n = device.count "cuda"
-  local targets = require("ffi").string(require("halo.ffi").C.halo_cuda_targets())
-  local built = targets ~= "" and ", built for " .. targets or ""
-  if n == 0 then return ok("cuda", ("%s%s; optional"):format(device.reason "cuda", built)) end
-  local facts = device.facts "cuda"
-  return ok("cuda", ("%s%s, %s, %s free, compute %d.%d, %d multiprocessors%s"):format(n > 1 and n .. " x " or "",
-    facts.name, term.bytes(facts.total), term.bytes(facts.free), facts.major, facts.minor, facts.processors, built))
+  local facts = cuda()
+  if facts.targets == "" then return ok("cuda", "not in this build, which found no nvcc; optional") end
+  local text = ("built for %s with CUDA %s, driver %s"):format(facts.targets, facts.runtime or "?",
+    facts.driver and "for CUDA " .. facts.driver or "absent")
+  if #facts.devices == 0 then
+    text = text .. "; " .. facts.reason
+    -- Without a driver there is nothing to expect; with one, a device was.
+    return facts.driver and warn("cuda", text, "nvidia-smi") or ok("cuda", text)
+  end
+  local is_fit = true
+  for _, d in ipairs(facts.devices) do
+    text = text .. ("; %s (%d.%d, %s, %s free)"):format(d.name, d.major, d.minor, term.bytes(d.total),
+      term.bytes(d.free))
+    is_fit = is_fit and (d.major >= 8 or facts.targets == "shadow")
+  end
+  if is_fit then return ok("cuda", text) end
+  return warn("cuda", text .. "; devices before 8.0 (Ampere) cannot be used", "CUDA_VISIBLE_DEVICES")
 end
 
 function checks.packages()

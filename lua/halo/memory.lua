@@ -17,22 +17,24 @@ local M = {}
 --- Tags of allocations, in the order of `halo_tag`.
 M.tags = { "other", "weights", "gradients", "optimizer", "activations", "ring", "plan", "data" }
 
-local devices = { cpu = C.HALO_CPU, cuda = C.HALO_CUDA }
+local devices = require "halo.device"
+
+local function number_of(device) return devices.number(device or devices.default) end
 
 --- Bytes handed out now.
 -- @tparam[opt] string tag one of `memory.tags`; all of them without
--- @tparam[opt="cpu"] string device
+-- @tparam[opt] string device default: `halo.device()`
 function M.live(tag, device)
-  return tonumber(C.halo_memory_live_bytes(devices[device or "cpu"], M.tag_number(tag)))
+  return tonumber(C.halo_memory_live_bytes(number_of(device), M.tag_number(tag)))
 end
 
 --- Most bytes handed out at once so far, or since `memory.reset_peak`.
 function M.peak(tag, device)
-  return tonumber(C.halo_memory_peak_bytes(devices[device or "cpu"], M.tag_number(tag)))
+  return tonumber(C.halo_memory_peak_bytes(number_of(device), M.tag_number(tag)))
 end
 
 --- Start a new peak at what is live now.
-function M.reset_peak(device) C.halo_memory_reset_peak(devices[device or "cpu"]) end
+function M.reset_peak(device) C.halo_memory_reset_peak(number_of(device)) end
 
 --- Number of a tag; -1 (all) for nil.
 function M.tag_number(tag)

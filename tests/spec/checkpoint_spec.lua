@@ -35,8 +35,8 @@ local function train(parameters, opt, from, to)
 end
 
 local function bytes_of(t)
-  t = t:contiguous()
-  return require("ffi").string(C.halo_tensor_data(t), t.count * tensor.dtype_bytes(t.dtype))
+  local host, dtype = t:detach():host()
+  return require("ffi").string(host, t.count * tensor.dtype_bytes(dtype))
 end
 
 describe("checkpoint", function()
