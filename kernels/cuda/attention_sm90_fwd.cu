@@ -1,7 +1,7 @@
 /* attention_sm90_fwd: queries of one rank meet the keys of one rank in tiles, on Hopper.
  *
  *   s = scale log2(e) q k^T            -inf where first[t] <= position[u] <= position[t] fails
- *   m' = reference for the row's s     p = 2^(s - m')
+ *   p = 2^(s - m')                     m' = m, or a maximum so far where m is too low
  *   l = l 2^(m-m') + rowsum(p)         o = o 2^(m-m') + p v
  *
  * shapes    q [B,T,H,D] strided, k, v [B,Hk,T,D]; o, m, l, lse as in kernels.h; T = block * n_blocks
@@ -14,15 +14,23 @@
  *           Q and then K and V of tile after tile by TMA into two buffers each. The other two warpgroups
  *           own 64 of the 128 rows each, all in registers: S (64 a thread), P as bf16 (32), O (64).
  *           Blocks of 64 tokens have one such warpgroup a CTA, and two CTAs a multiprocessor.
- * overlap   a warpgroup issues S' = Q K' of the next tile and O += P V of this one together, and does the
- *           softmax of S' while O += P V runs. The two warpgroups take turns in issuing (named barriers),
- *           so that one's softmax lies under the other's products (FlashAttention-3, sections 3.1, 3.2).
+ * overlap   a warpgroup issues S' = Q K' of the next tile and O += P V of this one together, waits for S',
+ *           and makes half of P' before it waits for O. The first tile of a row goes with the last of the row
+ *           before, so that nothing waits between rows (the software pipeline is FlashAttention-3's, section
+ *           3.2, carried across rows). For D = 64 the two warpgroups issue in turns (section 3.1); for
+ *           D = 128, where products take twice the time, turns cost 2% to 4%.
+ * reference the maximum is not looked for: p is made with m as it stands, and only where a thread's share
+ *           of a tile's p sums to more than 2^16 (a later score above m by about as much; or nothing seen
+ *           yet, m = -inf, which gives inf or NaN) are the tile's maximum taken as m, l and o rescaled and p
+ *           made again. S is kept until then. A row's first tile sets m to its maximum. Any m serves:
+ *           o / l is the same and p's rounding to bf16 is relative. Without the 64 maxima, the shuffles and
+ *           the rescaling: 675 to 794 TFLOP/s at 32K (with the turns gone), 663 to 691 at 128K.
  * order     longest rows first; heads in sections whose K and V fit in half of L2, so that all CTAs of
  *           a time sweep the same keys.
- * numbers   m is a reference, not always the maximum: it moves only when a score passes it by 2^8, so
- *           that o is rarely rescaled (the trick of FlashAttention-4, sec. on conditional rescaling). p is
- *           at most 2^8 then; its rounding to bf16 is relative and sums are fp32. A row that saw nothing:
- *           m = -inf, l = 0, o = 0; written out as out = 0, lse = -inf.
+ * numbers   a row that saw nothing: m = -inf, l = 0, o = 0; written out as out = 0, lse = -inf. State: m is
+ *           a reference with o and l relative to 2^m, as attention.cuh allows
+ * ptxas     "wgmma serialized" (C7510 to C7515) and spills are errors here: accumulators must not be
+ *           written in branches while a product is under way
  * twin      kernels/cpu/attention_tiles.c, attention_ends.c
  */
 #include "attention.cuh"
@@ -32,6 +40,7 @@ namespace {
 
 using namespace halo::sm90;
 
+constexpr float MOST = 65536.0f; // sum of p in a tile, for one thread, that makes the reference move
 constexpr float LN_2 = 0.6931471805599453f;
 
 struct item {   // one query block of one head, from producer to consumers
@@ -42,6 +51,7 @@ struct item_runs { // the same with its lists, from planner to loader
   item it;
   int64_t begin, end;
   halo__span run[32];
+  int position[32]; // of the first key of a run, where it is partial
 };
 struct tile_note { // of a key tile
   int partial, position; // position of its first key, where partial
@@ -74,6 +84,7 @@ template <int D, int G> struct shape {
   static constexpr int TILE = G * D * 2;                 // bytes of a Q, K, V or O tile
   static constexpr int SLAB = G * 128;                   // bytes of 64 columns of it
   static constexpr int STAGES = 2;
+  static constexpr bool TURNS = GROUPS == 2 && D == 64;   // warpgroups issue in turns
 };
 
 template <int D, int G> struct alignas(1024) shared_memory {
@@ -106,7 +117,8 @@ static __device__ __forceinline__ halo__span lane_run(const arguments &a, int64_
 }
 
 /* Rows of tickets go to the loader, with the first 32 runs of each, one a lane. */
-template <class Shared> __device__ __forceinline__ void plan(const arguments &a, Shared &s, int lane) {
+template <int D, int G>
+__device__ __forceinline__ void plan(const arguments &a, shared_memory<D, G> &s, int lane) {
   ring_place<2> to;
   const int n_items = a.n_units * a.n_blocks;
   int ticket = take_ticket(a, lane);
@@ -136,12 +148,18 @@ template <class Shared> __device__ __forceinline__ void plan(const arguments &a,
       it.n_tiles = n;
       if (n == 0 && a.o != nullptr) continue; // the running state stays as it is
     }
+    const int position = run.partial ? a.position_k[(int64_t)run.first * G] : 0;
     barrier_wait(&s.row_free[to.index], to.parity ^ 1);
     s.rows[to.index].run[lane] = run;
+    s.rows[to.index].position[lane] = position;
     if (lane == 0) {
       s.rows[to.index].it = it;
       s.rows[to.index].begin = begin;
       s.rows[to.index].end = end;
+      if (it.n_tiles > 0) {
+#pragma unroll
+        for (int d = 0; d < D / 64; d++) l2_prefetch(&a.q, d * 64, it.block * G, it.head, it.batch);
+      }
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(&s.row_full[to.index]);
@@ -159,7 +177,7 @@ template <int D, int G> struct loader {
   ring_place<2> row;
   ring_place<S::STAGES> q, k, v;
 
-  __device__ __forceinline__ void load_k(int unit, int block, int partial) {
+  __device__ __forceinline__ void load_k(int unit, int block, int partial, int position) {
     barrier_wait(&s.k_free[k.index], k.parity ^ 1);
     if (lane == 0) {
       const uint64_t keep = l2_evict_last();
@@ -167,8 +185,7 @@ template <int D, int G> struct loader {
       for (int d = 0; d < D / 64; d++) {
         tma_load(s.k[k.index] + d * S::SLAB, &a.k, &s.k_full[k.index], keep, d * 64, block * G, unit);
       }
-      // Read while the tile is on its way; the phase cannot end before this arrival.
-      s.notes[k.index] = {partial, partial ? a.position_k[(int64_t)block * G] : 0};
+      s.notes[k.index] = {partial, position};
       barrier_expect(&s.k_full[k.index], S::TILE);
     }
     k.next();
@@ -197,6 +214,10 @@ template <int D, int G> struct loader {
           tma_load(s.q[q.index] + d * S::SLAB, &a.q, &s.q_full[q.index], once, d * 64, it.block * G,
                    it.head, it.batch);
         }
+        if (a.o != nullptr) { // o of the running state is wanted soon, too
+          const int64_t at = ((int64_t)it.batch * a.n_heads + it.head) * a.T + (int64_t)it.block * G;
+          l2_prefetch(a.o + at * D, G * D * 4);
+        }
       } else {
         barrier_arrive(&s.q_full[q.index]);
       }
@@ -204,17 +225,23 @@ template <int D, int G> struct loader {
     q.next();
   }
   /* K of a tile goes out before V of the tile before it: the order in which they are used. */
-  __device__ __forceinline__ void load_row(int unit, int64_t begin, int64_t end, halo__span run) {
+  __device__ __forceinline__ void load_row(int unit, int64_t begin, int64_t end, halo__span run,
+                                           int position) {
     int last = -1;
     for (int64_t i = begin; i < end; i++) {
       const int at = (int)(i - begin) & 31;
-      if (at == 0 && i != begin) run = lane_run(a, i, end, lane);
+      if (at == 0 && i != begin) {
+        run = lane_run(a, i, end, lane);
+        position = run.partial ? a.position_k[(int64_t)run.first * G] : 0;
+      }
+      int at_key = __shfl_sync(0xffffffffu, position, at);
       const int first = __shfl_sync(0xffffffffu, run.first, at);
       const int count = __shfl_sync(0xffffffffu, run.count, at);
       const int partial = __shfl_sync(0xffffffffu, run.partial, at);
 #pragma unroll 1
       for (int block = first; block < first + count; block++) {
-        load_k(unit, block, partial);
+        if (partial && block > first) at_key = a.position_k[(int64_t)block * G];
+        load_k(unit, block, partial, at_key);
         if (last >= 0) load_v(unit, last);
         last = block;
       }
@@ -228,13 +255,15 @@ template <int D, int G> struct loader {
       const item it = s.rows[row.index].it;
       const int64_t begin = s.rows[row.index].begin, end = s.rows[row.index].end;
       const halo__span run = s.rows[row.index].run[lane];
+      const int position = s.rows[row.index].position[lane];
       __syncwarp();
       if (lane == 0) barrier_arrive(&s.row_free[row.index]);
       row.next();
       load_q(it);
       if (it.n_tiles < 0) break;
       if (it.n_tiles == 0) continue;
-      load_row(it.batch * a.n_kv_heads + it.head / (a.n_heads / a.n_kv_heads), begin, end, run);
+      load_row(it.batch * a.n_kv_heads + it.head / (a.n_heads / a.n_kv_heads), begin, end, run,
+               position);
     }
     // Buffers must not go while TMA or consumers are at work: wait until the last of each was freed.
     for (int i = 0; i < S::STAGES; i++, k.next()) barrier_wait(&s.k_free[k.index], k.parity ^ 1);
@@ -256,7 +285,8 @@ template <int D, int G> struct consumer {
 
   /* S = Q K^T of the next key tile, issued. */
   __device__ __forceinline__ void issue_scores(float (&sc)[NS], uint64_t q_tile) {
-    const uint64_t k_tile = descriptor(shared_address(s.k[k.index]));
+    // The shuffle tells the compiler that the index is the same in the warp.
+    const uint64_t k_tile = descriptor(shared_address(s.k[__shfl_sync(0xffffffffu, k.index, 0)]));
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
       const uint32_t at = i / 4 * S::SLAB + i % 4 * 32;
@@ -266,7 +296,8 @@ template <int D, int G> struct consumer {
   }
   /* O (+)= P V of the next value tile, issued. */
   __device__ __forceinline__ void issue_output(float (&o)[NO], const uint32_t (&p)[NS / 2], int add) {
-    const uint64_t v_tile = descriptor(shared_address(s.v[v.index]), S::SLAB);
+    const uint64_t v_tile =
+        descriptor(shared_address(s.v[__shfl_sync(0xffffffffu, v.index, 0)]), S::SLAB);
 #pragma unroll
     for (int i = 0; i < G / 16; i++) {
       wgmma<D>::template rs<1>(o, p + 4 * i, descriptor_at(v_tile, i * 2048), i > 0 ? 1 : add);
@@ -293,12 +324,8 @@ template <int D, int G> struct consumer {
     }
   }
 
-  /* S becomes P (still fp32), m and l move on; factor: by what l and o were to be multiplied. Returns
-   * whether o must be (the same in the whole warp). */
-  __device__ __forceinline__ bool softmax(float (&sc)[NS], const tile_note &note, float (&factor)[2]) {
-    if (note.partial) mask(sc, note.position);
-    bool moved = false;
-    float base[2];
+  /* The exact reference of a tile: m = max(m, its scores), and what l and o are to be multiplied by. */
+  __device__ __forceinline__ void move_reference(const float (&sc)[NS], float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float top[4] = {sc[2 * r], sc[2 * r + 1], sc[4 + 2 * r], sc[4 + 2 * r + 1]};
@@ -310,33 +337,34 @@ template <int D, int G> struct consumer {
       float most = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2)) * a.scale_log2;
-      const bool moves = most > m[r] + 8.0f;
-      const float now = moves ? most : m[r];
-      base[r] = now > -INFINITY ? now : 0.0f;
-      factor[r] = moves ? exp2_fast(m[r] - now) : 1.0f;
-      m[r] = now;
-      moved |= moves;
+      factor[r] = most > m[r] ? exp2_fast(m[r] - most) : 1.0f;
+      m[r] = fmaxf(m[r], most);
     }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int i = 0; i < NS / 4; i++) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float &x = sc[4 * i + 2 * r + e];
-          x = exp2_fast(fmaf(x, a.scale_log2, -base[r]));
-          sum[e] += x;
-        }
-      }
-      l[r] = l[r] * factor[r] + (sum[0] + sum[1]);
-    }
-    return __any_sync(0xffffffffu, moved);
   }
-
-  __device__ __forceinline__ void pack(uint32_t (&p)[NS / 2], const float (&sc)[NS]) {
+  /* P = 2^(S - base), packed, and its sums; columns of the FIRST or second half of the tile. */
+  template <bool FIRST>
+  __device__ __forceinline__ void exponentials(uint32_t *p, float (&sum)[4], const float (&sc)[NS],
+                                               const float (&base)[2]) {
 #pragma unroll
-    for (int i = 0; i < NS / 2; i++) p[i] = pack_bf16(sc[2 * i], sc[2 * i + 1]);
+    for (int i = FIRST ? 0 : NS / 8; i < (FIRST ? NS / 8 : NS / 4); i++) {
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        x[e] = exp2_fast(fmaf(sc[4 * i + e], a.scale_log2, -base[e / 2]));
+        sum[e] += x[e];
+      }
+      p[2 * i] = pack_bf16(x[0], x[1]);
+      p[2 * i + 1] = pack_bf16(x[2], x[3]);
+    }
+  }
+  /* Where a row has seen nothing, 2^(-inf - 0) is the 0 that is meant. */
+  __device__ __forceinline__ void get_base(float (&base)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) base[r] = m[r] > -INFINITY ? m[r] : 0.0f;
+  }
+  __device__ __forceinline__ void add_sums(const float (&sum)[4]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) l[r] += sum[2 * r] + sum[2 * r + 1];
   }
   __device__ __forceinline__ void rescale(float (&o)[NO], const float (&factor)[2]) {
 #pragma unroll
@@ -442,8 +470,11 @@ template <int D, int G> struct consumer {
   /* The next item's slot; the one before it must not be read any more. */
   __device__ __forceinline__ item next_item() {
     barrier_wait(&s.q_full[q.index], q.parity);
-    const item it = s.items[q.index];
-    __syncwarp(); // all lanes have read it before one frees it
+    item it = s.items[q.index]; // the shuffles also see to it that all have read it before one frees it
+    it.n_tiles = __shfl_sync(0xffffffffu, it.n_tiles, 0);
+    it.batch = __shfl_sync(0xffffffffu, it.batch, 0);
+    it.head = __shfl_sync(0xffffffffu, it.head, 0);
+    it.block = __shfl_sync(0xffffffffu, it.block, 0);
     return it;
   }
   __device__ __forceinline__ uint64_t q_tile() const {
@@ -466,8 +497,17 @@ template <int D, int G> struct consumer {
     pin(sc);
     free_buffer(&s.k_free[k.index]);
     k.next();
-    softmax(sc, note, factor);
-    pack(p, sc);
+    if (note.partial) mask(sc, note.position);
+    move_reference(sc, factor);
+    {
+      float base[2], sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      get_base(base);
+      exponentials<true>(p, sum, sc, base);
+      exponentials<false>(p, sum, sc, base);
+#pragma unroll
+      for (int r = 0; r < 2; r++) l[r] *= factor[r];
+      add_sums(sum);
+    }
     if (is_running) {
       read_state(it, o);
       rescale(o, factor);
@@ -486,7 +526,7 @@ template <int D, int G> struct consumer {
       left--;
       barrier_wait(&s.k_full[k.index], k.parity);
       note = s.notes[k.index];
-      if (S::GROUPS == 2) named_wait(1 + group, 256);
+      if (S::TURNS) named_wait(1 + group, 256);
       pin(sc);
       pin(p);
       pin(o);
@@ -495,24 +535,34 @@ template <int D, int G> struct consumer {
       barrier_wait(&s.v_full[v.index], v.parity);
       wgmma_fence();
       issue_output(o, p, add);
-      if (S::GROUPS == 2) named_arrive(2 - group, 256);
+      if (S::TURNS) named_arrive(2 - group, 256);
       wgmma_wait<1>();
       pin(sc);
       free_buffer(&s.k_free[k.index]);
       k.next();
       const float m_end[2] = {m[0], m[1]}, l_end[2] = {l[0], l[1]};
       if (is_new) open(next);
-      const bool moved = softmax(sc, note, factor);
-      pin(sc);
-      pin(l);
-      // Within a basic block ptxas moves the wait for O before the softmax that is to run beside it; this
-      // branch, never taken, ends the block.
-      if (l[0] < 0.0f) asm volatile("trap;");
+      if (note.partial) mask(sc, note.position);
+      float base[2] = {m[0], m[1]}, sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (is_new) {
+        move_reference(sc, factor);
+        get_base(base);
+      }
+      uint32_t half[NS / 2]; // the first half only
+      exponentials<true>(half, sum, sc, base);
+#pragma unroll
+      for (int i = 0; i < NS / 4; i++) asm volatile("" : "+r"(half[i])::"memory");
+      // Within a basic block ptxas moves the wait for O before the exponentials that are to run beside it;
+      // this branch, never taken, ends the block.
+      if (sum[0] < 0.0f) asm volatile("trap;");
       wgmma_wait<0>();
       pin(o);
       pin(p);
       free_buffer(&s.v_free[v.index]);
       v.next();
+#pragma unroll
+      for (int i = 0; i < NS / 4; i++) p[i] = half[i];
+      exponentials<false>(p, sum, sc, base);
       add = 1;
       if (is_new) {
         close(it, o, m_end, l_end);
@@ -521,11 +571,23 @@ template <int D, int G> struct consumer {
         if (is_running) {
           read_state(it, o);
           rescale(o, factor);
+#pragma unroll
+          for (int r = 0; r < 2; r++) l[r] *= factor[r];
         }
-      } else if (moved) {
+      }
+      // NaN, where nothing was seen before, is not below the limit either.
+      const bool is_fine = (sum[0] + sum[1]) + (sum[2] + sum[3]) <= MOST;
+      if (!is_new && __any_sync(0xffffffffu, !is_fine)) {
+        move_reference(sc, factor);
+        get_base(base);
+        sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        exponentials<true>(p, sum, sc, base);
+        exponentials<false>(p, sum, sc, base);
+#pragma unroll
+        for (int r = 0; r < 2; r++) l[r] *= factor[r];
         rescale(o, factor);
       }
-      pack(p, sc);
+      add_sums(sum);
     }
     barrier_wait(&s.v_full[v.index], v.parity);
     pin(p);
@@ -547,7 +609,7 @@ template <int D, int G> struct consumer {
     for (int i = 0; i < NS; i++) sc[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < NO; i++) o[i] = 0.0f;
-    if (S::GROUPS == 2 && group == 1) named_arrive(1, 256); // warpgroup 0 goes first
+    if (S::TURNS && group == 1) named_arrive(1, 256); // warpgroup 0 goes first
     item it = next_item();
     while (it.n_tiles >= 0) {
       if (it.n_tiles > 0) {
@@ -560,7 +622,7 @@ template <int D, int G> struct consumer {
         it = next_item();
       }
     }
-    if (S::GROUPS == 2 && group == 0) named_wait(1, 256); // the other's last arrival
+    if (S::TURNS && group == 0) named_wait(1, 256); // the other's last arrival
     if (threadIdx.x % 128 == 0) bulk_wait<0>();
   }
 };

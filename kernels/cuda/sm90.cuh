@@ -173,6 +173,16 @@ HALO__DEVICE void bulk_store(void *to, const void *from, uint32_t bytes) {
                "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
+/* Device memory into L2, nothing waits; address and bytes multiples of 16. */
+HALO__DEVICE void l2_prefetch(const void *from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+HALO__DEVICE void l2_prefetch(const CUtensorMap *map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];"
+               :
+               : "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
 /* to[i] += from[i], fp32, atomically in L2. */
 HALO__DEVICE void bulk_add_f32(float *to, const void *from, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
