@@ -9,6 +9,7 @@
  * lane). Arrays of pointers have one entry per rank of this process. */
 typedef struct halo__probe_job {
   halo_comm *comm;
+  halo_device device; /* of q and k */
   const halo_kernels *kernels;
   const halo_layout *layout;
   int32_t here, rank, world;
@@ -22,7 +23,12 @@ typedef struct halo__probe_job {
   void **q;              /* [units, D, lanes] */
   void **peak;           /* [chunk, lanes] */
   void **sum;            /* [chunk rounded up to W, n_blocks, lanes] */
-  void **z;              /* [chunk, T, lanes] */
+  void **z;              /* [chunk, T, lanes]; elsewhere than on the CPU after halo__probe_fetch only */
+  /* The same where kernels read and write them; on the CPU the arrays above themselves. Everything
+   * that travels, and what selection and recall read, is host memory. */
+  void **there_q, **there_peak, **there_sum, **there_z;
+  void **there_start;
+  int32_t *there_first, *there_last;
 } halo__probe_job;
 
 /* Bytes of logits held at a time. */
@@ -39,6 +45,12 @@ halo_status halo__probe_gather(halo__probe_job *p, const halo_tensor *q);
 /* For units [unit, unit + n): z = exp(logit - row maximum over all ranks), sum = their sums per
  * block of this rank. Collective. */
 halo_status halo__probe_exponentials(halo__probe_job *p, int64_t unit, int64_t n);
+/* Bring the exponentials of the chunk at hand to z of every rank here. */
+halo_status halo__probe_fetch(halo__probe_job *p);
+/* The kernel of that name for rank `i` here and the chunk at hand; score has `bytes`, weight
+ * `weight_bytes`, both host memory. */
+halo_status halo__probe_score(halo__probe_job *p, int32_t i, void *score, int64_t bytes,
+                              const void *weight, int64_t weight_bytes);
 
 /* One pointer per rank here, each to `bytes` zeroed bytes. */
 halo_status halo__probe_buffers(void ***out, const halo__probe_job *p, int64_t n, int64_t bytes);

@@ -118,6 +118,7 @@ halo_status halo_attention_recall(double *recall_out, const halo_tensor *q, cons
   for (int64_t unit = 0; unit < p->units; unit += p->chunk) {
     const int64_t n = p->units - unit < p->chunk ? p->units - unit : p->chunk;
     HALO_TRY_GOTO(halo__probe_exponentials(p, unit, n));
+    HALO_TRY_GOTO(halo__probe_fetch(p));
     for (int32_t i = 0; i < p->here; i++)
       add_mass(mass[i], p, plan, i, unit, n);
   }

@@ -267,7 +267,8 @@ static halo_status select_chunk(selection *s, int64_t unit, int64_t n) {
   HALO_TRY(halo_comm_all_gather(p->comm, s->all_weights, (const void *const *)s->weights,
                                 s->share * p->lanes * bytes));
   for (int32_t i = 0; i < p->here; i++) {
-    HALO_TRY(p->kernels->probe_score(s->scores[i], s->all_weights[i], &p->local[i]));
+    HALO_TRY(halo__probe_score(p, i, s->scores[i], n * s->unit_scores * bytes, s->all_weights[i],
+                               n * p->lanes * bytes));
   }
   HALO_TRY(halo_comm_all_to_all(p->comm, s->all_scores, (const void *const *)s->scores,
                                 s->share * s->unit_scores * bytes));
