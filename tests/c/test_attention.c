@@ -180,6 +180,8 @@ static result oracle(const test_case *c, const halo_plan *p) {
 /* ---- running on a ring ---------------------------------------------------------------------- */
 
 /* A tensor [B, here*T, heads, D] of the tokens that live here; padding tokens get `padding`. */
+static int32_t where = HALO_CPU; /* device of every q, k, v and gradient */
+
 static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo_ring *ring,
                             int what, int64_t heads, double padding) {
   const int64_t T = halo_layout_local_tokens(l), here = halo_ring_here(ring);
@@ -199,7 +201,7 @@ static halo_tensor *scatter(const test_case *c, const halo_layout *l, const halo
     }
   }
   halo_tensor *typed;
-  CHECK_OK(halo_tensor_new(&typed, c->dtype, HALO_CPU, 4, shape));
+  CHECK_OK(halo_tensor_new(&typed, c->dtype, where, 4, shape));
   CHECK_OK(halo_tensor_copy(typed, t));
   halo_tensor_free(t);
   return typed;
@@ -368,7 +370,7 @@ static const test_case sweep_cases[] = {
 };
 enum { SWEEP = sizeof sweep_cases / sizeof sweep_cases[0] };
 
-/* fp64 to 1e-12 and fp32 to 1e-5, the whole product of ranks, layouts and schedules. */
+/* fp64 to 1e-12 and fp32 to 1e-5 (a GPU's exponentials: 2e-5), the whole product of ranks, layouts and schedules. */
 static void ring_equals_definition(void) {
   static const int worlds[] = {1, 2, 3, 4, 8};
   for (int i = 0; i < SWEEP; i++) {
@@ -380,7 +382,7 @@ static void ring_equals_definition(void) {
       for (int kind = 0; kind < 3; kind++) {
         for (int fp64 = 0; fp64 < 2; fp64++) {
           c.dtype = fp64 ? HALO_F64 : HALO_F32;
-          compare_schedules(&c, comm, kind, &truth, fp64 ? 1e-12 : 1e-5);
+          compare_schedules(&c, comm, kind, &truth, fp64 ? 1e-12 : where == HALO_CPU ? 1e-5 : 2e-5);
         }
       }
       halo_comm_free(comm);
@@ -411,6 +413,24 @@ static void any_shape(void) {
     }
   }
   halo_comm_free(comm);
+}
+
+/* A device's own kernels for bf16: their sizes, every plan, one rank and virtual ones. */
+static void tensor_core_shapes(void) {
+  static const struct { int64_t D, G; } shapes[] = {{64, 64}, {128, 64}, {64, 128}, {128, 128}};
+  for (int W = 1; W <= 2; W++) {
+    halo_comm *comm;
+    CHECK_OK(halo_comm_local(&comm, W));
+    for (int i = 0; i < 4; i++) {
+      for (int plan = 0; plan < 6; plan++) {
+        test_case c = {plan, 1, 4 * shapes[i].G + 1, 4, 2, shapes[i].D, shapes[i].G, HALO_BF16, 1};
+        result truth = truth_of(&c);
+        compare(&c, comm, HALO_LAYOUT_STRIPED, HALO_SCHEDULE_FLAT, 0, &truth, 3e-2);
+        result_free(&truth);
+      }
+    }
+    halo_comm_free(comm);
+  }
 }
 
 /* Logits of several hundred: only differences to the maximum may be exponentiated. */
@@ -890,6 +910,20 @@ int main(void) {
     int failed = check_report();
     halo_comm_shutdown();
     return failed;
+  }
+  const char *device = getenv("HALO_TEST_DEVICE");
+  if (device != NULL && strcmp(device, "cuda") == 0) { // the ring's checks with tensors there
+    if (halo_device_count(HALO_CUDA) == 0) {
+      printf("1 pending: %s\n", halo_device_reason(HALO_CUDA));
+      return 0;
+    }
+    where = HALO_CUDA;
+    RUN(tensor_core_shapes);
+    RUN(any_shape);
+    RUN(ring_equals_definition);
+    CHECK(halo_memory_live_bytes(HALO_CUDA, HALO_TAG_RING) == 0);
+    CHECK(halo_memory_live_bytes(HALO_CUDA, HALO_TAG_PLAN) == 0);
+    return check_report();
   }
   RUN(ring_equals_definition);
   RUN(any_shape);
