@@ -13,7 +13,7 @@
  * the tensor behind that. So two inputs are on the device at most, whatever the host does.
  *
  * Pinned memory takes long to get (about a third of a second per GiB), so buffers are kept and used
- * again. Copies run in one queue of their own, in order: a buffer can be reused as soon as its reader
+ * again, until all of them are spare and none fits. Copies run in one queue of their own, in order: a buffer can be reused as soon as its reader
  * is queued.
  */
 #include "internal.h"
@@ -41,6 +41,7 @@ typedef struct buffer {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static buffer *spare;
 static int64_t host_bytes;      /* of all buffers, spare or not */
+static int64_t spare_bytes;
 static halo_tensor *leaving;    /* the tensor whose copy to the host was begun last */
 static int64_t leaving_ticket;
 
@@ -63,12 +64,16 @@ static halo_status buffer_take(void **out, const halo_kernels *k, int64_t bytes)
     buffer *b = *at;
     if (b->bytes != bytes) continue;
     *at = b->next;
+    spare_bytes -= bytes;
     pthread_mutex_unlock(&lock);
     *out = b->host;
     free(b);
     return HALO_OK;
   }
+  // Nothing is out and nothing fits: sizes have changed for good (a stage with longer contexts).
+  const bool is_stale = spare_bytes > 0 && spare_bytes == __atomic_load_n(&host_bytes, __ATOMIC_RELAXED);
   pthread_mutex_unlock(&lock);
+  if (is_stale) halo__offload_trim();
   HALO_TRY(k->pinned_new(out, bytes));
   __atomic_add_fetch(&host_bytes, bytes, __ATOMIC_RELAXED);
   return HALO_OK;
@@ -85,13 +90,16 @@ static void buffer_give(const halo_kernels *k, void *host, int64_t bytes) {
   pthread_mutex_lock(&lock);
   *b = (buffer){.next = spare, .host = host, .bytes = bytes};
   spare = b;
+  spare_bytes += bytes;
   pthread_mutex_unlock(&lock);
 }
 
 void halo__offload_trim(void) {
+  settle();
   pthread_mutex_lock(&lock);
   buffer *b = spare;
   spare = NULL;
+  spare_bytes = 0;
   pthread_mutex_unlock(&lock);
   if (b == NULL) return;
   const halo_kernels *k = halo__kernels(HALO_CUDA);

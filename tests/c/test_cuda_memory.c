@@ -191,6 +191,12 @@ static void what_is_offloaded_comes_back(void) {
   CHECK_OK(halo_offload_prefetch(o[0]));
   halo_offload_free(o[0]);
   halo_tensor_free(t);
+  const int64_t other[1] = {5000}; // another size: what was kept for the first one goes
+  CHECK_OK(halo_tensor_zeros(&t, HALO_F32, HALO_CUDA, 1, other));
+  CHECK_OK(halo_offload_new(&o[0], t));
+  CHECK(halo_offload_host_bytes() == 4 * other[0]);
+  halo_offload_free(o[0]);
+  halo_tensor_free(t);
   halo_memory_trim(HALO_CUDA);
   CHECK(halo_offload_host_bytes() == 0);
   CHECK(halo_memory_live_bytes(HALO_CUDA, -1) == before);
