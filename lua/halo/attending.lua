@@ -10,6 +10,7 @@
 --                       (never selected twice: DESIGN D6)
 --   measure             sampled recall of attention mass, in the first forward only
 local args = require "halo.args"
+local devices = require "halo.device"
 local errors = require "halo.errors"
 local halo_ffi = require "halo.ffi"
 local sparsity = require "halo.sparsity"
@@ -40,10 +41,12 @@ function M.new(o)
 end
 
 --- Dense causal attention on one rank: for generation, probes and small scripts.
-function M.dense(config, block)
-  local comm = require("halo.comm").self()
+-- @tparam table config sizes of the model
+-- @tparam[opt="cpu"] string device decides the block
+function M.dense(config, device)
+  local comm, block = require("halo.comm").self(), devices.block[device or "cpu"]
   return M.new { config = config, comm = comm,
-    pattern = { type = "dense", ring = { type = "flat", layout = "contiguous", block = block or 64 } } }
+    pattern = { type = "dense", ring = { type = "flat", layout = "contiguous", block = block } } }
 end
 
 --- Change the pattern (a stage of a recipe does). A new ring is made only when its words changed.

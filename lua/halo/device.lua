@@ -19,6 +19,9 @@ local M = {
   names = { "cpu", "cuda" },
   --- Device of constructors that name none.
   default = "cpu",
+  --- Edge of a plan's tiles, in tokens, where nobody says: the Hopper kernels take blocks of 128, on the
+  -- CPU 64 keep more of a sparse plan's choice.
+  block = { cpu = 64, cuda = 128 },
 }
 
 local numbers = { cpu = C.HALO_CPU, cuda = C.HALO_CUDA }

@@ -33,6 +33,7 @@
 --    total      { steps, tokens }
 -- An action written as a function is { type = "function", source, hash, line, call }.
 local args = require "halo.args"
+local devices = require "halo.device"
 local errors = require "halo.errors"
 local fs = require "halo.fs"
 local json = require "halo.json"
@@ -465,6 +466,8 @@ function M.resolve(recipe)
   end
   out.model.rope = finish_rope(out.model.rope, out.model, model_place)
   resolve_stages(recipe, out)
+  for _, s in ipairs(out.stages) do s.attention.ring.block = s.attention.ring.block or devices.block[out.device] end
+  if out.attention then out.attention.ring.block = out.attention.ring.block or devices.block[out.device] end
   out.model.own_rope = nil
   out.initially, out.finally = resolve_actions(values.initially), resolve_actions(values.finally)
   local cadences = {}

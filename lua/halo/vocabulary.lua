@@ -146,8 +146,8 @@ local layouts = { "striped", "zigzag", "contiguous" }
 local function ring(name, doc, fields, example)
   fields[#fields + 1] = { "layout", kind.enum(layouts), default = "striped",
     doc = "which rank holds which block of tokens" }
-  fields[#fields + 1] = { "block", kind.enum_number { 16, 32, 64, 128 }, default = 64, alias = "stripe",
-    doc = "tokens per block G, also the edge of the plan's tiles (also written stripe)" }
+  fields[#fields + 1] = { "block", kind.enum_number { 16, 32, 64, 128 }, alias = "stripe",
+    doc = "tokens per block G, also the edge of the plan's tiles (also written stripe); 64 on cpu, 128 on cuda" }
   define { name = name, group = "ring", doc = doc, fields = fields, example = example }
 end
 ring("flat", "One ring over all ranks: each step sends the keys at hand to the next rank.", {},
