@@ -306,6 +306,9 @@ M.softmax = shape_keeping(function(run)
   for i, v in ipairs(run) do y[i] = exp(v - l) end
   return y
 end)
+-- The gradient is y (dy - sum dy y) of the saved, rounded y: where dy is near the sum, a rounding that
+-- falls the other way counts many times over.
+M.softmax.device_bounds = { bf16 = { relative = 2 ^ -6, of_largest = 2 ^ -5 } }
 M.log_softmax = shape_keeping(function(run)
   local l, y = logsumexp(run), {}
   for i, v in ipairs(run) do y[i] = v - l end
