@@ -5,7 +5,7 @@
 --   data      books, one document per file, and generated needle documents among them
 --   lengths   32K dense as the model knows it -> 128K and 512K with YaRN
 --   sparsity  dense below 128K; vertical-slash from there on, at most 2048 columns and 4096 diagonals a head
---   memory    at 128K 75 GiB (forecast); at 512K block inputs wait in host memory: 72 GiB of it, pinned
+--   memory    at 128K 76 GiB (forecast); at 512K block inputs wait in host memory: 72 GiB of it, pinned
 --   source    lengths and rate follow MTraining (arXiv 2510.18830, 5.1); steps are ours, a start
 --
 -- halo check recipes/qwen2.5-3b.lua                        stages, memory, flops; needs no GPU

@@ -9,11 +9,12 @@
 --                   gate, up, their product, and the gradients of these: 6 F
 --       attention   what attention keeps, gradients of o, q, k, v, and the kernel's fp32 sums
 --       loss        final hidden states, their gradient, one chunk of logits, the output matrix' gradient
---    ring         W > 1: three slots of keys and values (b) and of their gradients (fp32), 2 Hk D T each
+--    ring         on a device the keys and values and their gradients once (fp32); W > 1: three slots of keys and values (b) and of their gradients (fp32), 2 Hk D T each
 --    host         offload: the block inputs, in pinned host memory; not part of the total
 --
 -- What a block keeps for its backward, columns of T elements: its two normed inputs and the residual
--- between them (3 E), q and o (2 H D), k and v (2 Hk D), log-sum-exp (H); with recompute = "none" also gate,
+-- between them (3 E), q and o (2 H D), k, the packed projection that v is a part of (H D + 3 Hk D),
+-- log-sum-exp (H); with recompute = "none" also gate,
 -- up and their product (3 F), where all rows are one chunk (halo.model.decoder, core/nn_mlp.c). With
 -- recompute = "none" every block keeps that; with "block" only the one at hand.
 --
@@ -47,12 +48,16 @@ local function handed_out(bytes, device)
 end
 
 local LOSS_CHUNK_BYTES = 16 * 2 ^ 20 -- core/nn_loss.c
+local GPU_LOSS_ROWS = 2048 -- the same
 
--- Rows of logits at hand at once in training: core/nn_loss.c, chunk_rows.
-local function loss_rows(m, wide, tokens)
-  local bytes = math.max(LOSS_CHUNK_BYTES, m.vocab * wide * m.width / 2)
-  local most = math.min(tokens, math.max(1, math.floor(bytes / (m.vocab * wide))))
-  return math.ceil(tokens / math.ceil(tokens / most))
+-- Bytes of logits at hand at once in training: core/nn_loss.c, chunk_rows. On a device bf16 logits stay so, in
+-- rows of a multiple of 64.
+local function logit_bytes(m, device, b, wide, tokens)
+  local element = device == "cpu" and wide or b
+  local row = (device == "cpu" and m.vocab or math.ceil(m.vocab / 64) * 64) * element
+  local bytes = math.max(LOSS_CHUNK_BYTES, device == "cpu" and row * m.width / 2 or row * GPU_LOSS_ROWS)
+  local most = math.min(tokens, math.max(1, math.floor(bytes / row)))
+  return handed_out(math.ceil(tokens / math.ceil(tokens / most)) * row, device)
 end
 
 -- Activations of one step on one rank that holds `tokens` tokens.
@@ -65,21 +70,21 @@ local function activation_bytes(m, device, b, wide, tokens, offload)
   local rows = math.ceil(tokens / chunks)
   local inner = bytes(rows * 2 * m.ffn) + bytes(rows * m.ffn) -- gate beside up, and their product
   local is_saved = m.recompute == "none" and chunks == 1
-  local attention = columns(2, q) + columns(2, kv) + columns(1, m.heads, wide)
+  local qkv = columns(1, q + 2 * kv)
+  local attention = columns(2, q) + columns(1, kv) + qkv + columns(1, m.heads, wide)
   local kept = attention + columns(3, m.width) + columns(2, 1, wide) + (is_saved and inner or 0)
   -- Of offloaded inputs two are on the device: one leaving or coming, one in use (core/offload.c).
   local inputs = columns(offload and device ~= "cpu" and math.min(2, m.layers) or m.layers, m.width)
     + columns(2, m.head_dim / 2, wide)
-  local logits = loss_rows(m, wide, tokens)
   local moments = {
     mlp = kept + columns(2, m.width) + (is_saved and 1 or 2) * inner,
-    attention = attention + columns(2, m.width) + columns(2, q) + columns(2, kv) + columns(1, q, wide)
-      + columns(2, kv, wide) + columns(2, kv),
-    loss = columns(3, m.width) + bytes(logits * m.vocab, wide) + bytes(m.vocab * m.width, wide),
+    attention = attention + columns(2, m.width) + columns(1, q) + columns(1, q + 2 * kv) + columns(1, q, wide)
+      + columns(2, m.heads, wide) + (device == "cpu" and columns(2, kv, wide) + columns(2, kv) or columns(2, kv)),
+    loss = columns(3, m.width) + logit_bytes(m, device, b, wide, tokens) + bytes(m.vocab * m.width, wide),
   }
   local largest = math.max(moments.mlp, moments.attention, moments.loss)
-  if m.recompute == "block" then return inputs + largest end
-  return inputs + kept * (m.layers - 1) + math.max(largest, kept + moments.loss)
+  if m.recompute == "block" then return inputs + largest, moments end
+  return inputs + kept * (m.layers - 1) + math.max(largest, kept + moments.loss), moments
 end
 
 local function memory_of(resolved, stage, parameters)
@@ -89,14 +94,15 @@ local function memory_of(resolved, stage, parameters)
   local block = stage.attention.ring.block
   local per_rank = math.ceil(stage.context / (mesh.cp * block)) * block
   local tokens = per_rank * stage.batch / (mesh.dp * stage.accumulate)
+  local device = resolved.device or "cpu"
   local kv, q = 2 * m.kv_heads * m.head_dim * tokens, m.heads * m.head_dim * tokens
   local out = {
     weights = b * parameters,
     gradients = wide * parameters,
     optimizer = 2 * wide * parameters + (resolved.dtype == "bf16" and 4 * parameters or 0),
-    activations = activation_bytes(m, resolved.device or "cpu", b, wide, tokens, stage.offload),
-    host = stage.offload and resolved.device ~= "cpu" and b * m.layers * m.width * tokens or 0,
-    ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + q * wide or 0,
+    activations = activation_bytes(m, device, b, wide, tokens, stage.offload),
+    host = stage.offload and device ~= "cpu" and b * m.layers * m.width * tokens or 0,
+    ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + q * wide or device ~= "cpu" and kv * (b + wide) or 0,
   }
   out.total = 0
   for _, name in ipairs { "weights", "gradients", "optimizer", "activations", "ring" } do
