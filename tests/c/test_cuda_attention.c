@@ -1,7 +1,8 @@
 /* Attention on CUDA as the ring uses it, kernel by kernel, against the CPU twins in fp64 on the same values:
  * tiles of every step of a ring and gathered columns, forward and backward, over plans (dense, documents,
  * diagonals and columns, tiles by head), layouts, head and block sizes, dtypes, and every family of kernels
- * that serves the case (HALO_ATTENTION); outputs are NaN before. Then attention against a cache. */
+ * that serves the case (HALO_ATTENTION); outputs are NaN before. Then attention against a cache, and the
+ * probes of selection. */
 #include "check.h"
 #include "kernels.h"
 #include "plan.h"
@@ -549,12 +550,87 @@ static void caches(void) {
   }
 }
 
+/* ---- probe ---- */
+
+typedef struct probe_case {
+  int64_t B, H, Hk, D, n_blocks, block, lanes;
+} probe_case;
+
+/* peak, sum, z and score of a part of the units, on any device. */
+static void run_probe(const probe_case *c, halo_device device, halo_dtype t, const double *k, const double *q,
+                      const int32_t *tables, const double *weights, double *out[4], int64_t n[4]) {
+  const halo_kernels *kernels = halo__kernels(device);
+  const halo_dtype acc = t == HALO_F64 ? HALO_F64 : HALO_F32;
+  const int64_t units = c->B * c->H, T = c->n_blocks * c->block, lanes = units * c->lanes;
+  const int64_t used = units - 1; // from unit 1 on
+  int32_t *there;
+  CHECK_OK(halo__alloc((void **)&there, (c->n_blocks + 2 * lanes) * 4, device));
+  CHECK_OK(kernels->copy_in(there, tables, (c->n_blocks + 2 * lanes) * 4));
+  double *lowest = malloc((size_t)(used * c->lanes) * 8);
+  for (int64_t i = 0; i < used * c->lanes; i++) lowest[i] = -INFINITY;
+  n[0] = used * c->lanes;
+  n[1] = n[0] * c->n_blocks;
+  n[2] = n[0] * T;
+  n[3] = used * (T + c->n_blocks * (c->block + c->lanes - 1));
+  void *peak = upload(device, acc, lowest, n[0]), *sum = upload(device, acc, NULL, n[1]),
+       *z = upload(device, acc, NULL, n[2]), *score = upload(device, acc, NULL, n[3]),
+       *weight = upload(device, acc, weights, n[0]);
+  halo_probe p = {.t = t, .k = upload(device, t, k, c->B * T * c->Hk * c->D),
+                  .stride = {T * c->Hk * c->D, c->Hk * c->D, c->D}, .heads = c->H, .kv_heads = c->Hk,
+                  .size = c->D, .n_blocks = c->n_blocks, .block = c->block, .start = there,
+                  .lanes = c->lanes, .q = upload(device, acc, q, lanes * c->D),
+                  .first = there + c->n_blocks, .last = there + c->n_blocks + lanes, .unit = 1,
+                  .n_units = used, .scale = 1 / sqrt((double)c->D), .z = z};
+  CHECK_OK(kernels->probe_peak(peak, &p));
+  CHECK_OK(kernels->probe_exp(sum, peak, &p));
+  CHECK_OK(kernels->probe_score(score, weight, &p));
+  void *const results[4] = {peak, sum, z, score};
+  for (int i = 0; i < 4; i++) {
+    out[i] = download(device, acc, results[i], n[i]);
+    halo__free(results[i]);
+  }
+  void *const rest[] = {weight, (void *)p.k, (void *)p.q, there};
+  for (int i = 0; i < 4; i++) halo__free(rest[i]);
+  free(lowest);
+}
+
+static void probes(void) {
+  static const probe_case all[] = {{1, 4, 2, 128, 9, 64, 64}, {2, 3, 3, 80, 5, 100, 16}, {1, 2, 1, 24, 3, 7, 32}};
+  static const halo_dtype dtypes[] = {HALO_BF16, HALO_F32, HALO_F64};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+    const probe_case *c = &all[i];
+    const int64_t units = c->B * c->H, T = c->n_blocks * c->block, lanes = units * c->lanes;
+    double *k = sample(c->B * T * c->Hk * c->D, 1), *q = sample(lanes * c->D, 2), *weight = sample(lanes, 1);
+    int32_t *tables = malloc((size_t)(c->n_blocks + 2 * lanes) * 4);
+    for (int64_t b = 0; b < c->n_blocks; b++) tables[b] = (int32_t)(2 * b * c->block); // every other block
+    for (int64_t l = 0; l < lanes; l++) { // some lanes see nothing, some all
+      tables[c->n_blocks + l] = (int32_t)dice((uint64_t)T);
+      tables[c->n_blocks + lanes + l] = (int32_t)dice((uint64_t)(2 * T));
+    }
+    double *want[4], *got[4];
+    int64_t n[4];
+    run_probe(c, HALO_CPU, HALO_F64, k, q, tables, weight, want, n);
+    for (int j = 0; j < 3; j++) {
+      run_probe(c, HALO_CUDA, dtypes[j], k, q, tables, weight, got, n);
+      for (int r = 0; r < 4; r++) { // inputs are exact in every dtype, sums are fp32 at least
+        const double d = distance(got[r], want[r], n[r]);
+        if (!(d <= bound(dtypes[j], LSE))) fprintf(stderr, "  probe case %d %d: %.1e\n", (int)i, r, d);
+        CHECK(d <= bound(dtypes[j], LSE));
+        free(got[r]);
+      }
+    }
+    for (int r = 0; r < 4; r++) free(want[r]);
+    free(k), free(q), free(weight), free(tables);
+  }
+}
+
 int main(void) {
   if (halo_device_count(HALO_CUDA) == 0) {
     printf("1 pending: no CUDA device\n");
     return 0;
   }
   RUN(caches);
+  RUN(probes);
   RUN(odd_sizes);
   RUN(twins);
   RUN(repeats);
