@@ -448,6 +448,7 @@ __device__ __forceinline__ chunk chunk_of(const side &a, const keys &x, int64_t 
     c.begin = low < c.begin ? low : c.begin;
     c.end = high > c.end ? high : c.end;
   }
+  if (c.end == 0) c.begin = 0; // no column in the whole group
   return c;
 }
 

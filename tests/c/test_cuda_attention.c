@@ -584,10 +584,10 @@ static void run_probe(const probe_case *c, halo_device device, halo_dtype t, con
   CHECK_OK(kernels->probe_peak(peak, &p));
   CHECK_OK(kernels->probe_exp(sum, peak, &p));
   CHECK_OK(kernels->probe_score(score, weight, &p));
-  void *const results[4] = {peak, sum, z, score};
+  void *const made[4] = {peak, sum, z, score};
   for (int i = 0; i < 4; i++) {
-    out[i] = download(device, acc, results[i], n[i]);
-    halo__free(results[i]);
+    out[i] = download(device, acc, made[i], n[i]);
+    halo__free(made[i]);
   }
   void *const rest[] = {weight, (void *)p.k, (void *)p.q, there};
   for (int i = 0; i < 4; i++) halo__free(rest[i]);
