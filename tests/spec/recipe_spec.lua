@@ -427,3 +427,37 @@ describe("README", function()
     assert.is_true(count > 5)
   end)
 end)
+
+describe("recipes for a device", function()
+  local path = require("tests.helper").root .. "recipes/qwen2.5-3b.lua"
+  local dir
+  setup(function()
+    dir = fs.temp_dir()
+    fs.write(dir .. "/config.json", json.encode { model_type = "qwen2", hidden_act = "silu", hidden_size = 2048,
+      intermediate_size = 11008, max_position_embeddings = 32768, num_attention_heads = 16, num_hidden_layers = 36,
+      num_key_value_heads = 2, rms_norm_eps = 1e-6, rope_theta = 1e6, tie_word_embeddings = true, vocab_size = 151936 })
+  end)
+  teardown(function() fs.remove_tree(dir) end)
+
+  it("resolve and are forecast without one", function()
+    local r = recipe.read(path, { "model.from=" .. dir })
+    assert.equal("cuda", r.device)
+    assert.equal("bf16", r.dtype)
+    assert.same({ 32768, 131072, 524288 }, { r.stages[1].context, r.stages[2].context, r.stages[3].context })
+    assert.same({ false, false, true }, { r.stages[1].offload, r.stages[2].offload, r.stages[3].offload })
+    local f = require("halo.forecast").of(r)
+    for i, gib in ipairs { 62, 85, 100 } do -- a step at 128K has to fit into 85 GiB
+      assert.is_true(f.stages[i].memory.total < gib * 2 ^ 30, ("stage %d: %.1f GiB"):format(i,
+        f.stages[i].memory.total / 2 ^ 30))
+    end
+    assert.equal(36 * 2048 * 524288 * 2, f.stages[3].memory.host)
+  end)
+
+  it("compute in bf16 unless told otherwise, and move inputs only where blocks are recomputed", function()
+    assert.equal("f32", recipe.read(path, { "model.from=" .. dir, "dtype=f32" }).dtype)
+    assert.equal("f32", recipe.read(path, { "model.from=" .. dir, "device=cpu" }).dtype)
+    local ok, e = pcall(recipe.read, path, { "model.from=" .. dir, "model.recompute=none" })
+    assert.is_false(ok)
+    assert.matches("offload moves block inputs", tostring(e))
+  end)
+end)

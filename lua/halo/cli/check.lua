@@ -106,6 +106,18 @@ function M.run(options)
   print "forecast, per rank:"
   print(cost_table(resolved, forecast))
   for _, line in ipairs(unchecked(resolved)) do print("note: " .. line) end
+  for i, s in ipairs(resolved.stages) do
+    local host = forecast.stages[i].memory.host
+    if host > 0 then
+      print(("note: stage %s keeps %s of block inputs in pinned host memory"):format(s.name, term.bytes(host)))
+    end
+  end
+  local device = require "halo.device"
+  if resolved.device ~= "cpu" and device.count(resolved.device) > 0 then
+    local facts = device.facts(resolved.device)
+    print(("device  %s, %s%s"):format(facts.name, term.bytes(facts.total),
+      forecast.peak.total > facts.total and ": less than this needs" or ""))
+  end
   local memory = machine_memory()
   if memory and forecast.peak.total * forecast.ranks > memory and resolved.device == "cpu" then
     print(("note: %d ranks on this machine would need %s, it has %s"):format(forecast.ranks,
