@@ -68,11 +68,13 @@ local function activation_bytes(m, device, b, wide, tokens, offload)
   local chunk = require("halo.model.decoder").mlp_chunk[device]
   local chunks = math.ceil(tokens / chunk)
   local rows = math.ceil(tokens / chunks)
-  local inner = bytes(rows * 2 * m.ffn) + bytes(rows * m.ffn) -- gate beside up, and their product
-  local is_saved = m.recompute == "none" and chunks == 1
+  -- gate beside up, and their product, of some rows
+  local function inner_of(n) return bytes(n * 2 * m.ffn) + bytes(n * m.ffn) end
+  local inner = inner_of(rows)
+  local is_saved = m.recompute == "none"
   local qkv = columns(1, q + 2 * kv)
   local attention = columns(2, q) + columns(1, kv) + qkv + columns(1, m.heads, wide)
-  local kept = attention + columns(3, m.width) + columns(2, 1, wide) + (is_saved and inner or 0)
+  local kept = attention + columns(3, m.width) + columns(2, 1, wide) + (is_saved and inner_of(tokens) or 0)
   -- Of offloaded inputs two are on the device: one leaving or coming, one in use (core/offload.c).
   local inputs = columns(offload and device ~= "cpu" and math.min(2, m.layers) or m.layers, m.width)
     + columns(2, m.head_dim / 2, wide)

@@ -200,10 +200,9 @@ end
 local function mlp_block(self, layer, x, run, is_again)
   local p, w = ("model.layers.%d."):format(layer - 1), self.weight
   local h = ops.rmsnorm(x, w[p .. "post_attention_layernorm.weight"], { eps = self.config.eps })
-  local rows, chunk = x:size(1) * x:size(2), run.mlp_chunk or 0
   return ops.gated_mlp(h, w[p .. "mlp.gate_proj.weight"], w[p .. "mlp.up_proj.weight"],
-    w[p .. "mlp.down_proj.weight"], x, { chunk = chunk, dry = is_again,
-      save = not run.recompute and (chunk <= 0 or rows <= chunk) })
+    w[p .. "mlp.down_proj.weight"], x, { chunk = run.mlp_chunk or 0, dry = is_again,
+      save = not run.recompute })
 end
 
 --- One layer, from hidden state to hidden state.
@@ -217,8 +216,8 @@ end
 -- @tparam Tensor ids i32 `[B,T]`
 -- @tparam table run `cos`, `sin` (from `positions`), `attend(layer, q, k, v) -> o`,
 --   `recompute` (run each layer again in backward), `offload` (its input waits in host memory meanwhile),
---   `mlp_chunk` (rows of the MLP at hand, 0 = all; longer
---   inputs than that are made again in backward),
+--   `mlp_chunk` (rows of the MLP at hand, 0 = all; without `recompute` its inner activations of all rows are
+--   kept for backward),
 --   `each_layer(layer, x)` (called with every layer's output; for probes)
 function Model:hidden(ids, run)
   local x = ops.embedding(self.weight["model.embed_tokens.weight"], ids)
