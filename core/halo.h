@@ -286,9 +286,10 @@ HALO_API int64_t halo_offload_host_bytes(void);
  * fp32 (fp64 for fp64 parameters) buffer. */
 typedef struct halo_adamw halo_adamw;
 
-/* decay[i] multiplies weight_decay for parameter i (0 for norms and biases). */
+/* decay[i] multiplies weight_decay for parameter i (0 for norms and biases). moments: HALO_F32 for the
+ * arithmetic dtype, HALO_BF16 for half the memory, rounded stochastically. */
 HALO_API halo_status halo_adamw_new(halo_adamw **out, halo_tensor *const *params,
-                                    const double *decay, int32_t n);
+                                    const double *decay, int32_t n, int32_t moments);
 HALO_API void halo_adamw_free(halo_adamw *o);
 /* All gradients as one flat tensor (borrowed), in parameter order: what an all-reduce wants. */
 HALO_API halo_tensor *halo_adamw_flat_grad(const halo_adamw *o);

@@ -10,6 +10,10 @@
  * the arithmetic dtype: fp32 for fp32 and bf16 parameters, fp64 for fp64 ones. A bf16 parameter is
  * the rounded image of its fp32 master; steps of 1e-3 of its value would be lost in 8 bits.
  *
+ * Moments may be bf16 instead (4 of the 16 bytes a parameter of a bf16 model costs with its gradient
+ * and master), rounded stochastically by the kernel; parameter i draws from a stream of its own, so the
+ * same step gives the same bits on every rank and device.
+ *
  * The bias correction is that of the step number given, not of a counter kept here, so that
  * resuming needs the moments and nothing else.
  */
@@ -22,7 +26,7 @@
 
 struct halo_adamw {
   int32_t n;
-  halo_dtype wide;
+  halo_dtype wide, moments; /* of gradients and masters; of moments */
   halo_device device;
   halo_tensor **params; /* retained */
   double *decay;
@@ -78,6 +82,9 @@ static halo_status check_distinct(halo_tensor *const *params, int32_t n) {
   return status;
 }
 
+/* Parameter i rounds moments with stream moment_stream + i: "moments", apart from streams of models. */
+static const uint64_t moment_stream = 0x6d6f6d656e747300u;
+
 /* The part of a flat buffer that belongs to parameter i, in its shape. */
 static halo_status part(halo_tensor **out, const halo_adamw *o, halo_tensor *flat, int32_t i) {
   const halo_tensor *p = o->params[i];
@@ -93,10 +100,10 @@ static void *element(halo_tensor *flat, int64_t offset) {
   return flat == NULL ? NULL : (char *)halo__data(flat) + offset * halo_dtype_bytes(flat->dtype);
 }
 
-static halo_status flat_zeros(halo_tensor **out, const halo_adamw *o, int32_t tag) {
+static halo_status flat_zeros(halo_tensor **out, const halo_adamw *o, halo_dtype t, int32_t tag) {
   const int64_t total = o->offset[o->n];
   halo_memory_push_tag(tag);
-  halo_status status = halo_tensor_zeros(out, o->wide, o->device, 1, &total);
+  halo_status status = halo_tensor_zeros(out, t, o->device, 1, &total);
   halo_memory_pop_tag();
   return status;
 }
@@ -106,7 +113,7 @@ static halo_status make_master(halo_adamw *o) {
   bool is_needed = false;
   for (int32_t i = 0; i < o->n; i++) is_needed |= o->params[i]->dtype == HALO_BF16;
   if (!is_needed) return HALO_OK;
-  HALO_TRY(flat_zeros(&o->master, o, HALO_TAG_OPTIMIZER));
+  HALO_TRY(flat_zeros(&o->master, o, o->wide, HALO_TAG_OPTIMIZER));
   for (int32_t i = 0; i < o->n; i++) {
     halo_tensor *view = NULL;
     HALO_TRY(part(&view, o, o->master, i));
@@ -132,15 +139,20 @@ static halo_status adopt_grads(halo_adamw *o) {
 }
 
 halo_status halo_adamw_new(halo_adamw **out, halo_tensor *const *params, const double *decay,
-                           int32_t n) {
+                           int32_t n, int32_t moments) {
   HALO_CHECK(out != NULL && params != NULL && decay != NULL && n > 0, HALO_EARG,
              "adamw: needs at least one parameter, got %d", n);
+  HALO_CHECK(moments == HALO_F32 || moments == HALO_BF16, HALO_EARG,
+             "adamw: moments in dtype %d; f32 (the arithmetic type) or bf16", moments);
   HALO_TRY(check_params(params, n));
+  HALO_CHECK(moments == HALO_F32 || params[0]->dtype != HALO_F64, HALO_EARG,
+             "adamw: moments in bf16 beside parameters in f64");
   HALO_TRY(check_distinct(params, n));
   halo_status status = HALO_OK;
   halo_adamw *o = calloc(1, sizeof *o);
   HALO_CHECK(o != NULL, HALO_ENOMEM, "adamw: no memory");
   o->wide = halo__acc_dtype(params[0]->dtype);
+  o->moments = moments == HALO_BF16 ? HALO_BF16 : o->wide;
   o->device = halo__device(params[0]);
   o->params = calloc((size_t)n, sizeof *o->params);
   o->decay = calloc((size_t)n, sizeof *o->decay);
@@ -153,9 +165,9 @@ halo_status halo_adamw_new(halo_adamw **out, halo_tensor *const *params, const d
     o->decay[i] = decay[i];
     o->offset[i + 1] = o->offset[i] + halo_tensor_count(params[i]);
   }
-  HALO_TRY_GOTO(flat_zeros(&o->grad, o, HALO_TAG_GRADIENTS));
-  HALO_TRY_GOTO(flat_zeros(&o->moment1, o, HALO_TAG_OPTIMIZER));
-  HALO_TRY_GOTO(flat_zeros(&o->moment2, o, HALO_TAG_OPTIMIZER));
+  HALO_TRY_GOTO(flat_zeros(&o->grad, o, o->wide, HALO_TAG_GRADIENTS));
+  HALO_TRY_GOTO(flat_zeros(&o->moment1, o, o->moments, HALO_TAG_OPTIMIZER));
+  HALO_TRY_GOTO(flat_zeros(&o->moment2, o, o->moments, HALO_TAG_OPTIMIZER));
   HALO_TRY_GOTO(make_master(o));
   HALO_TRY_GOTO(adopt_grads(o));
   *out = o;
@@ -210,14 +222,17 @@ halo_status halo_adamw_step(halo_adamw *o, int64_t step, double lr, double beta1
     halo_tensor *p = o->params[i];
     const halo_adamw_step_args args = {.lr = lr, .beta1 = beta1, .beta2 = beta2, .eps = eps,
                                        .weight_decay = weight_decay * o->decay[i],
-                                       .grad_scale = grad_scale, .step = step};
+                                       .grad_scale = grad_scale, .step = step,
+                                       .stream = moment_stream + (uint64_t)i};
     const int64_t n = o->offset[i + 1] - o->offset[i], at = o->offset[i];
     const int64_t width = halo_dtype_bytes(o->wide), own = halo_dtype_bytes(p->dtype);
     const int64_t weights = o->master != NULL ? 2 * width + own : 2 * own;
-    halo_trace_work((double)n * (double)(5 * width + weights), 0);
+    const int64_t moments = 4 * halo_dtype_bytes(o->moments);
+    halo_trace_work((double)n * (double)(width + moments + weights), 0);
     status = halo__kernels(o->device)->adamw(p->dtype, halo__data(p), element(o->master, at),
-                                             element(o->grad, at), element(o->moment1, at),
-                                             element(o->moment2, at), n, &args);
+                                             element(o->grad, at), o->moments,
+                                             element(o->moment1, at), element(o->moment2, at), n,
+                                             &args);
   }
   halo_trace_end(token);
   return status;

@@ -42,10 +42,12 @@ typedef struct halo_gemm {
   double bias_grad_beta;
 } halo_gemm;
 
-/* Constants of one AdamW step; step counts from 1. */
+/* Constants of one AdamW step; step counts from 1. Moments in bf16 are rounded stochastically: element i
+ * takes word i % 4 of Philox block i / 4 of (seed = step, stream), low half for m, high half for v. */
 typedef struct halo_adamw_step_args {
   double lr, beta1, beta2, eps, weight_decay, grad_scale;
   int64_t step;
+  uint64_t stream;
 } halo_adamw_step_args;
 
 /* `count` consecutive items from `first`. partial: some pair is not visible. */

@@ -8,6 +8,7 @@
 #define HALO_PHILOX_H
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __CUDACC__
 #define HALO_PHILOX_FN static inline __host__ __device__
@@ -33,6 +34,16 @@ HALO_PHILOX_FN void halo__philox(uint64_t seed, uint64_t stream, uint64_t index,
   out[1] = c1;
   out[2] = c2;
   out[3] = c3;
+}
+
+/* bf16 of x, one of its two neighbours, up with the probability of the distance to the lower one: equal to
+ * x in the mean, where rounding to nearest would lose a change below half a unit however often it comes.
+ * Of `random` the low 16 bits count. */
+HALO_PHILOX_FN uint16_t halo__bf16_stochastic(float x, uint32_t random) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return (uint16_t)(bits >> 16 | ((bits & 0x7fffffu) != 0 ? 0x40u : 0u));
+  return (uint16_t)((bits + (random & 0xffffu)) >> 16);
 }
 
 /* 53 random bits as a double in [0,1). */

@@ -5,8 +5,10 @@
  *   p  = p - lr wd p - (lr / (1 - b1^k)) m / (sqrt(v / (1 - b2^k)) + eps)
  *
  * shapes    p [n] storage dtype; master [n] in the arithmetic type, or NULL when p is its own master;
- *           g, m, v [n] in the arithmetic type
- * work      bf16 with master: reads g, m, v, master, writes m, v, master, p: 30 bytes a parameter
+ *           g [n] in the arithmetic type; m, v [n] likewise, or in bf16 rounded stochastically with the
+ *           CPU's random words (its file says why)
+ * work      bf16 with master: reads g, m, v, master, writes m, v, master, p: 30 bytes a parameter, 22 with
+ *           moments in bf16
  * launch    16 bytes of each operand a thread: four loads in flight, three stores of 16 bytes
  * sum       sum_squares: one fp64 partial sum a block, whose share depends on n alone; the last
  *           kernel adds them in order. The CPU cuts the same way, but its blocks add in another order
@@ -14,6 +16,7 @@
  */
 #include <math.h>
 
+#include "philox.h"
 #include "vector.cuh"
 
 namespace {
@@ -34,43 +37,65 @@ __device__ __forceinline__ void step_one(A &p, A &m, A &v, A g, const constants<
   p = p * s.keep - s.rate * m / (sqrt(v) * s.inverse + s.eps);
 }
 
-/* Packs of N of the arithmetic type, N of the storage type beside them. */
-template <class T, int N, bool HAS_MASTER>
-__global__ void __launch_bounds__(THREADS)
-    step_kernel(T *__restrict__ p, acc_of<T> *__restrict__ master, const acc_of<T> *__restrict__ g,
-                acc_of<T> *__restrict__ m, acc_of<T> *__restrict__ v, int64_t n,
-                const __grid_constant__ constants<acc_of<T>> s) {
-  using A = acc_of<T>;
-  const int64_t packs = n / N, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-  if (i < packs) {
-    few<A, N> gp = fetch<A, N>(g + i * N), mp = fetch<A, N>(m + i * N), vp = fetch<A, N>(v + i * N);
-    A value[N];
-    if constexpr (HAS_MASTER) {
-      widen(value, fetch<A, N>(master + i * N));
-    } else {
-      widen(value, fetch<T, N>(p + i * N));
-    }
+/* A moment becomes TM; `words` are the random words of the N elements, `shift` chooses their half. */
+template <class TM, class A, int N>
+__device__ __forceinline__ few<TM, N> round_moments(const A (&x)[N], const uint32_t (&words)[4], int first,
+                                                    int shift) {
+  if constexpr (std::is_same<TM, A>::value) {
+    return narrow<TM, N>(x);
+  } else {
+    uint16_t y[N];
 #pragma unroll
-    for (int k = 0; k < N; k++) step_one(value[k], mp.at[k], vp.at[k], gp.at[k], s);
-    put<A, N>(m + i * N, mp);
-    put<A, N>(v + i * N, vp);
-    if constexpr (HAS_MASTER) put<A, N>(master + i * N, narrow<A, N>(value));
-    put<T, N>(p + i * N, narrow<T, N>(value));
-  }
-  const int64_t tail = packs * N + threadIdx.x;
-  if (N > 1 && blockIdx.x == 0 && tail < n) {
-    A value = HAS_MASTER ? master[tail] : load(p[tail]);
-    A mv = m[tail], vv = v[tail];
-    step_one(value, mv, vv, g[tail], s);
-    m[tail] = mv;
-    v[tail] = vv;
-    if (HAS_MASTER) master[tail] = value;
-    p[tail] = store<T>(value);
+    for (int k = 0; k < N; k++) y[k] = halo__bf16_stochastic(x[k], words[(first + k) % 4] >> shift);
+    few<TM, N> out;
+    memcpy(&out, y, sizeof y);
+    return out;
   }
 }
 
-template <class T>
-halo_status step(T *p, acc_of<T> *master, const acc_of<T> *g, acc_of<T> *m, acc_of<T> *v, int64_t n,
+/* Elements i * N .. i * N + N; N is 1 or a multiple of the 4 elements that share a Philox block's words. */
+template <class T, class TM, int N, bool HAS_MASTER>
+__device__ __forceinline__ void step_pack(T *p, acc_of<T> *master, const acc_of<T> *g, TM *m, TM *v, int64_t i,
+                                          const constants<acc_of<T>> &s, uint64_t seed, uint64_t stream) {
+  using A = acc_of<T>;
+  const few<TM, N> mp = fetch<TM, N>(m + i * N), vp = fetch<TM, N>(v + i * N);
+  A gv[N], mv[N], vv[N], weight[N];
+  widen(gv, fetch<A, N>(g + i * N));
+  if constexpr (HAS_MASTER) {
+    widen(weight, fetch<A, N>(master + i * N));
+  } else {
+    widen(weight, fetch<T, N>(p + i * N));
+  }
+  uint32_t words[4] = {};
+  if constexpr (!std::is_same<TM, A>::value) halo__philox(seed, stream, (uint64_t)(i * N) / 4, words);
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    mv[k] = (A)value(mp, k);
+    vv[k] = (A)value(vp, k);
+    step_one(weight[k], mv[k], vv[k], gv[k], s);
+  }
+  const int first = N == 1 ? (int)(i % 4) : 0;
+  put<TM, N>(m + i * N, round_moments<TM, A, N>(mv, words, first, 0));
+  put<TM, N>(v + i * N, round_moments<TM, A, N>(vv, words, first, 16));
+  if constexpr (HAS_MASTER) put<A, N>(master + i * N, narrow<A, N>(weight));
+  put<T, N>(p + i * N, narrow<T, N>(weight));
+}
+
+template <class T, class TM, int N, bool HAS_MASTER>
+__global__ void __launch_bounds__(THREADS)
+    step_kernel(T *__restrict__ p, acc_of<T> *__restrict__ master, const acc_of<T> *__restrict__ g,
+                TM *__restrict__ m, TM *__restrict__ v, int64_t n,
+                const __grid_constant__ constants<acc_of<T>> s, uint64_t seed, uint64_t stream) {
+  const int64_t packs = n / N, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  if (i < packs) step_pack<T, TM, N, HAS_MASTER>(p, master, g, m, v, i, s, seed, stream);
+  const int64_t tail = packs * N + threadIdx.x;
+  if (N > 1 && blockIdx.x == 0 && tail < n) {
+    step_pack<T, TM, 1, HAS_MASTER>(p, master, g, m, v, tail, s, seed, stream);
+  }
+}
+
+template <class T, class TM>
+halo_status step(T *p, acc_of<T> *master, const acc_of<T> *g, TM *m, TM *v, int64_t n,
                  const halo_adamw_step_args *s) {
   using A = acc_of<T>;
   constexpr int N = lanes16<A>;
@@ -85,16 +110,18 @@ halo_status step(T *p, acc_of<T> *master, const acc_of<T> *g, acc_of<T> *m, acc_
   c.rate = (A)(s->lr / (1 - pow(s->beta1, (double)s->step)));
   c.inverse = (A)(1 / sqrt(1 - pow(s->beta2, (double)s->step)));
   const cudaStream_t stream = halo__cuda_stream();
-  const bool is_wide = aligned(16, {master, g, m, v}) && aligned(N * (int)sizeof(T), {p});
+  const uint64_t seed = (uint64_t)s->step, words = s->stream;
+  const bool is_wide = aligned(16, {master, g}) && aligned(N * (int)sizeof(TM), {m, v}) &&
+                       aligned(N * (int)sizeof(T), {p});
   const unsigned blocks = blocks_for(n, is_wide ? N * THREADS : THREADS);
   if (is_wide && master != nullptr) {
-    step_kernel<T, N, true><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c);
+    step_kernel<T, TM, N, true><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c, seed, words);
   } else if (is_wide) {
-    step_kernel<T, N, false><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c);
+    step_kernel<T, TM, N, false><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c, seed, words);
   } else if (master != nullptr) {
-    step_kernel<T, 1, true><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c);
+    step_kernel<T, TM, 1, true><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c, seed, words);
   } else {
-    step_kernel<T, 1, false><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c);
+    step_kernel<T, TM, 1, false><<<blocks, THREADS, 0, stream>>>(p, master, g, m, v, n, c, seed, words);
   }
   HALO_LAUNCHED("adamw");
   return HALO_OK;
@@ -170,12 +197,21 @@ halo_status sum_squares_any(halo_dtype t, double *partial, const void *x, int64_
 
 } // namespace
 
-halo_status halo_cuda_adamw(halo_dtype t, void *p, void *master, const void *g, void *m, void *v, int64_t n,
-                            const halo_adamw_step_args *s) {
+halo_status halo_cuda_adamw(halo_dtype t, void *p, void *master, const void *g, halo_dtype tm, void *m, void *v,
+                            int64_t n, const halo_adamw_step_args *s) {
+  HALO_CHECK(tm == (t == HALO_F64 ? HALO_F64 : HALO_F32) || (tm == HALO_BF16 && t != HALO_F64), HALO_EARG,
+             "adamw: moments in %s beside a parameter in %s", halo_dtype_name(tm), halo_dtype_name(t));
   if (n <= 0) return HALO_OK;
+  using bf16 = __nv_bfloat16;
+  if (tm == HALO_BF16 && t == HALO_BF16) {
+    return step<bf16, bf16>((bf16 *)p, (float *)master, (const float *)g, (bf16 *)m, (bf16 *)v, n, s);
+  }
+  if (tm == HALO_BF16) {
+    return step<float, bf16>((float *)p, (float *)master, (const float *)g, (bf16 *)m, (bf16 *)v, n, s);
+  }
   HALO_REAL(t, T, {
     using A = acc_of<T>;
-    return (step<T>((T *)p, (A *)master, (const A *)g, (A *)m, (A *)v, n, s));
+    return (step<T, A>((T *)p, (A *)master, (const A *)g, (A *)m, (A *)v, n, s));
   });
   return HALO_OK;
 }

@@ -127,7 +127,8 @@ function M.new(recipe, o)
   self.attending = attending.new { config = self.model.config, comm = self.ring_comm,
     pattern = recipe.attention, inner = self.comm:local_size() }
   local a = recipe.optim
-  self.optim = optim.adamw(self.model.parameters, { betas = a.betas, eps = a.eps, decay = a.decay, clip = a.clip })
+  self.optim = optim.adamw(self.model.parameters, { betas = a.betas, eps = a.eps, decay = a.decay, clip = a.clip,
+    moments = a.moments })
   self.data = data.open(recipe.data, { tokenizer = self.tokenizer, seed = recipe.seed, stages = recipe.stages,
     comm = self.comm })
   self.comm:same(self:weights_hash(), "initial weights")

@@ -47,11 +47,16 @@ local number = ffi.new "double[1]"
 -- @tparam table parameters list of tensors, or of `{ name =, tensor = }` as `model.parameters` has them;
 -- each a leaf that requires a gradient, each once
 -- @tparam[opt] table o `lr` (a number: used by `step` when it is given none), `betas` ({ 0.9, 0.95 }),
--- `eps` (1e-8), `decay` (0.1), `clip` (0: none); a recipe's `adamw { ... }` may be handed over as it is
+-- `eps` (1e-8), `decay` (0.1), `clip` (0: none), `moments` ("f32", or "bf16" for half the memory of both
+-- moments, rounded stochastically); a recipe's `adamw { ... }` may be handed over as it is
 -- @treturn Optimizer
 function M.adamw(parameters, o)
   o = args.named("optim.adamw", o or {}, { type = "string?", lr = "number|table?", betas = { "table", { 0.9, 0.95 } },
-    eps = { "number", 1e-8 }, decay = { "number", 0.1 }, clip = { "number", 0 } })
+    eps = { "number", 1e-8 }, decay = { "number", 0.1 }, clip = { "number", 0 },
+    moments = { "string", "f32" } })
+  if o.moments ~= "f32" and o.moments ~= "bf16" then
+    errors.raise("usage", ('optim.adamw: moments = "%s"; "f32" or "bf16"'):format(o.moments), 2)
+  end
   local list = named_parameters(parameters)
   local n = #list
   local handles, decay = ffi.new("halo_tensor *[?]", n), ffi.new("double[?]", n)
@@ -59,7 +64,7 @@ function M.adamw(parameters, o)
     handles[i - 1] = p.tensor
     decay[i - 1] = p.tensor.ndim >= 2 and 1 or 0
   end
-  call(C.halo_adamw_new, slot, handles, decay, n)
+  call(C.halo_adamw_new, slot, handles, decay, n, o.moments == "bf16" and C.HALO_BF16 or C.HALO_F32)
   local self = setmetatable({
     handle = ffi.gc(slot[0], C.halo_adamw_free),
     parameters = list,

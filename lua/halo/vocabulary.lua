@@ -339,6 +339,8 @@ define { name = "adamw", group = "optim", doc = "AdamW. arXiv 1711.05101, in PyT
       doc = "weight decay of matrices; norms and biases have none (same source)" },
     { "clip", kind.range { min = 0 }, default = 1.0, doc = "largest gradient norm; 0: no clipping (same source)" },
     { "eps", kind.positive, default = 1e-8, doc = "added to the root of the second moment" },
+    { "moments", kind.enum { "f32", "bf16" }, default = "f32",
+      doc = "dtype of the two moments; bf16 takes half the memory and is rounded stochastically" },
   }, example = "optim = adamw { lr = warmup(1e-5, { steps = 20 }) :cosine { to = 1e-6 }, clip = 1.0 }" }
 
 ---- Stages, actions, guards -----------------------------------------------------------------------

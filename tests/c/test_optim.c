@@ -36,7 +36,7 @@ static void follows_definition(int32_t dtype, double bound) {
     for (int64_t e = 0; e < counts[i]; e++, k++) CHECK_OK(halo_tensor_get(params[i], e, &p[k]));
   }
   halo_adamw *o = NULL;
-  CHECK_OK(halo_adamw_new(&o, params, decay, N));
+  CHECK_OK(halo_adamw_new(&o, params, decay, N, HALO_F32));
   CHECK((halo_adamw_master(o) != NULL) == (dtype == HALO_BF16));
   halo_tensor *flat = halo_adamw_flat_grad(o);
   CHECK(halo_tensor_count(flat) == 24 && halo_tensor_dtype(flat) == (dtype == HALO_F64 ? HALO_F64 : HALO_F32));
@@ -84,7 +84,7 @@ static void small_steps_are_not_lost_in_bf16(void) {
   double value;
   CHECK_OK(halo_tensor_from(&p, HALO_BF16, HALO_CPU, 1, &n, &one));
   CHECK_OK(halo_tensor_require_grad(p, 1));
-  CHECK_OK(halo_adamw_new(&o, &p, (double[]){0}, 1));
+  CHECK_OK(halo_adamw_new(&o, &p, (double[]){0}, 1, HALO_F32));
   for (int64_t step = 1; step <= 32; step++) {
     CHECK_OK(halo_tensor_fill(halo_adamw_flat_grad(o), 1));
     CHECK_OK(halo_adamw_step(o, step, 1.0 / 4096, 0.9, 0.99, 1e-12, 0, 1));
@@ -96,13 +96,42 @@ static void small_steps_are_not_lost_in_bf16(void) {
   halo_tensor_free(p);
 }
 
+/* One large gradient, then none: v falls by a thousandth a step, far below bf16's resolution, and must
+ * still fall to exp(-1) in the mean over elements. Two optimizers round alike. */
+static void moments_in_bf16_decay(void) {
+  const int64_t n = 4099;
+  double mean[2] = {0, 0}, last[2];
+  for (int32_t run = 0; run < 2; run++) {
+    halo_tensor *p = NULL;
+    halo_adamw *o = NULL;
+    CHECK_OK(halo_tensor_zeros(&p, HALO_BF16, HALO_CPU, 1, &n));
+    CHECK_OK(halo_tensor_require_grad(p, 1));
+    CHECK_OK(halo_adamw_new(&o, &p, (double[]){0}, 1, HALO_BF16));
+    CHECK(halo_tensor_dtype(halo_adamw_moment1(o)) == HALO_BF16);
+    CHECK(halo_tensor_dtype(halo_adamw_flat_grad(o)) == HALO_F32);
+    CHECK_OK(halo_tensor_fill(halo_adamw_flat_grad(o), 10));
+    for (int64_t step = 1; step <= 1001; step++) {
+      CHECK_OK(halo_adamw_step(o, step, 1e-4, 0.9, 0.999, 1e-8, 0, 1));
+      if (step == 1) CHECK_OK(halo_adamw_zero_grad(o));
+    }
+    for (int64_t i = 0; i < n; i++) {
+      CHECK_OK(halo_tensor_get(halo_adamw_moment2(o), i, &last[run]));
+      mean[run] += last[run] / (double)n;
+    }
+    halo_adamw_free(o);
+    halo_tensor_free(p);
+  }
+  CHECK(fabs(mean[0] / (0.1 * exp(-1.0)) - 1) < 0.01);
+  CHECK(mean[0] == mean[1] && last[0] == last[1]);
+}
+
 static void norm_is_the_sum_of_squares(void) {
   const int64_t n = 100003;
   halo_tensor *p = NULL;
   halo_adamw *o = NULL;
   CHECK_OK(halo_tensor_zeros(&p, HALO_F32, HALO_CPU, 1, &n));
   CHECK_OK(halo_tensor_require_grad(p, 1));
-  CHECK_OK(halo_adamw_new(&o, &p, (double[]){1}, 1));
+  CHECK_OK(halo_adamw_new(&o, &p, (double[]){1}, 1, HALO_F32));
   halo_tensor *g = halo_adamw_flat_grad(o);
   CHECK_OK(halo_tensor_normal(g, 5, 0, 0, 1));
   const float *x = halo_tensor_data(g);
@@ -132,7 +161,7 @@ static void existing_gradients_move_in(void) {
   CHECK_OK(halo_tensor_from(&g, HALO_F32, HALO_CPU, 1, &n, (float[]){3, 4}));
   CHECK_OK(halo_tensor_require_grad(p, 1));
   CHECK_OK(halo_tensor_set_grad(p, g));
-  CHECK_OK(halo_adamw_new(&o, &p, (double[]){0}, 1));
+  CHECK_OK(halo_adamw_new(&o, &p, (double[]){0}, 1, HALO_F32));
   double value;
   CHECK_OK(halo_tensor_get(halo_adamw_flat_grad(o), 1, &value));
   CHECK(value == 4 && halo_tensor_grad(p) != g);
@@ -148,17 +177,18 @@ static void wrong_lists_are_refused(void) {
   halo_adamw *o = NULL;
   make_params(params, HALO_F32);
   twice[0] = twice[1] = params[0];
-  CHECK_STATUS(halo_adamw_new(&o, twice, decay, 2), HALO_EARG);
+  CHECK_STATUS(halo_adamw_new(&o, twice, decay, 2, HALO_F32), HALO_EARG);
   CHECK(strstr(halo_error_message(), "0 and 1 share memory") != NULL);
   CHECK_OK(halo_tensor_zeros(&wide, HALO_F64, HALO_CPU, 1, counts));
   twice[1] = wide;
-  CHECK_STATUS(halo_adamw_new(&o, twice, decay, 2), HALO_EARG); // not a leaf that wants a gradient
+  CHECK_STATUS(halo_adamw_new(&o, twice, decay, 2, HALO_F32), HALO_EARG); // not a leaf that wants a gradient
   CHECK_OK(halo_tensor_require_grad(wide, 1));
-  CHECK_STATUS(halo_adamw_new(&o, twice, decay, 2), HALO_EARG);
+  CHECK_STATUS(halo_adamw_new(&o, twice, decay, 2, HALO_F32), HALO_EARG);
   CHECK(strstr(halo_error_message(), "fp64 does not mix") != NULL);
-  CHECK_STATUS(halo_adamw_new(&o, params, decay, 0), HALO_EARG);
+  CHECK_STATUS(halo_adamw_new(&o, params, decay, 0, HALO_F32), HALO_EARG);
+  CHECK_STATUS(halo_adamw_new(&o, params, decay, N, HALO_I32), HALO_EARG);
   CHECK(o == NULL);
-  CHECK_OK(halo_adamw_new(&o, params, decay, N));
+  CHECK_OK(halo_adamw_new(&o, params, decay, N, HALO_F32));
   CHECK_STATUS(halo_adamw_step(o, 0, 0.1, 0.9, 0.95, 1e-8, 0, 1), HALO_EARG);
   CHECK_STATUS(halo_adamw_step(o, 1, 0.1, 1.0, 0.95, 1e-8, 0, 1), HALO_EARG);
   CHECK_STATUS(halo_adamw_step(o, 1, NAN, 0.9, 0.95, 1e-8, 0, 1), HALO_EARG);
@@ -168,7 +198,7 @@ static void wrong_lists_are_refused(void) {
   for (;; failures++) {
     halo_memory_fail_after(failures);
     o = NULL;
-    const halo_status status = halo_adamw_new(&o, params, decay, N);
+    const halo_status status = halo_adamw_new(&o, params, decay, N, HALO_F32);
     halo_memory_fail_after(-1);
     if (status == HALO_OK) break;
     CHECK(status == HALO_ENOMEM && o == NULL);
@@ -183,6 +213,7 @@ static void wrong_lists_are_refused(void) {
 int main(void) {
   RUN(steps_follow_the_definition);
   RUN(small_steps_are_not_lost_in_bf16);
+  RUN(moments_in_bf16_decay);
   RUN(norm_is_the_sum_of_squares);
   RUN(existing_gradients_move_in);
   RUN(wrong_lists_are_refused);
