@@ -8,11 +8,11 @@
  * labels    a row whose label is `ignore` has loss 0 and gradient 0 and is not read; a label outside
  *           [0,V) is reported and treated likewise
  * fused     turns logits into gradients in place. On Hopper a row is held on chip by a cluster of up to 8
- *           blocks (V = 151936 in bf16: 304 KB, 10 packs a thread, all loaded before the first is
- *           used): each warp reduces its own part to (maximum, sum), the pairs of all warps go to the
- *           shared memory of every block of the cluster, and one cluster barrier later the
- *           gradients are written: one read and one write of memory. Three or more clusters lie on
- *           the same multiprocessors, so that one loads while another writes.
+ *           blocks, in shared memory (V = 151936 in bf16: 38 KB a block): each warp reduces its own part
+ *           to (maximum, sum), the pairs of all warps go to the shared memory of every block of the
+ *           cluster, and one cluster barrier later the gradients are written: one read and one write
+ *           of memory. A block spends most of its life waiting (for memory, for its cluster), so it is
+ *           their number on a multiprocessor, five, that keeps memory busy
  *           Elsewhere, and for rows without 16-byte packs: one block a row, two passes
  * numbers   maximum and sum together, each thread about its own maximum (Milakov and Gimelshein,
  *           arXiv 1805.02867), rescaled when joined; sums in the arithmetic type, at most 80 terms a
@@ -199,58 +199,68 @@ __global__ void __launch_bounds__(THREADS)
 /* ---- a row held by a cluster --------------------------------------------------------------- */
 
 constexpr int HELD_THREADS = 256, HELD_WARPS = HELD_THREADS / 32, MAX_CLUSTER = 8;
+constexpr int64_t GOOD_SHARE = 40 << 10; // of a row in a block: five blocks on a multiprocessor
 
-/* Packs of a thread: 160 KB of a row, 1280 KB with fp32 in 8 blocks of 20. */
-template <class T> constexpr int held = sizeof(T) == 2 ? 10 : 20;
+/* Memory to shared memory, past the registers; 16 bytes. */
+__device__ __forceinline__ void copy_async(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+               "l"(from));
+}
 
+/* Each thread copies `share` packs to shared memory and is the only one that reads them. */
 template <class T>
-__global__ void __launch_bounds__(HELD_THREADS, sizeof(T) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(HELD_THREADS, 5)
     fused_held(acc_of<T> *__restrict__ loss, T *__restrict__ z, int64_t ld, const int64_t *__restrict__ labels,
-               const acc_of<T> *__restrict__ g, int vocab, int64_t ignore, halo__cuda_report *slot) {
+               const acc_of<T> *__restrict__ g, int vocab, int share, int64_t ignore, halo__cuda_report *slot) {
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   using A = acc_of<T>;
-  constexpr int N = lanes16<T>, M = held<T>;
+  constexpr int N = lanes16<T>;
+  extern __shared__ uint4 row_share[];
   __shared__ running<A> part[MAX_CLUSTER * HELD_WARPS];
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = (int)cluster.block_rank(), n_blocks = (int)cluster.num_blocks();
-  const int64_t row = blockIdx.x / n_blocks, label = labels[row];
+  const int64_t row = blockIdx.x / n_blocks;
   const int packs = vocab / N, step = n_blocks * HELD_THREADS, first = rank * HELD_THREADS + threadIdx.x;
   T *zi = z + row * ld;
+  uint4 *mine = row_share + threadIdx.x;
+  for (int m = 0; m < share; m++) {
+    if (first + m * step < packs) copy_async(mine + m * HELD_THREADS, zi + (int64_t)(first + m * step) * N);
+  }
+  const int64_t label = labels[row];
+  const int tail = packs * N + first; // logits that fill no pack, one for each of the first threads
+  const A last = tail < vocab ? load(zi[tail]) : -(A)INFINITY;
   const bool is_first = rank == 0 && threadIdx.x == 0;
-  if (!label_counts(label, ignore, vocab, row, slot, is_first)) { // the whole cluster
+  const bool counts = label_counts(label, ignore, vocab, row, slot, is_first);
+  const A at_label = is_first && counts ? load(zi[label]) : 0;
+  cluster.barrier_arrive(); // that all blocks of the cluster run, before their memory is written
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  cluster.barrier_wait();
+  if (!counts) { // the whole cluster
     if (is_first) loss[row] = 0;
     write_zeros<T, N>(zi, vocab, first, step);
     return;
   }
-  cluster.barrier_arrive(); // that all blocks of the cluster run, before their memory is written
-  few<T, N> v[M];
-#pragma unroll
-  for (int m = 0; m < M; m++) {
-    if (first + m * step < packs) v[m] = fetch<T, N>(zi + (int64_t)(first + m * step) * N);
-  }
-  const int tail = packs * N + first; // logits that fill no pack, one for each of the first threads
-  const A last = tail < vocab ? load(zi[tail]) : -(A)INFINITY;
-  const A at_label = is_first ? load(zi[label]) : 0;
   A most = last, sum = 0;
-#pragma unroll
-  for (int m = 0; m < M; m++) {
+#pragma unroll 4
+  for (int m = 0; m < share; m++) {
     if (first + m * step >= packs) continue;
+    const few<T, N> v = fetch<T, N>((const T *)(mine + m * HELD_THREADS));
 #pragma unroll
-    for (int k = 0; k < N; k++) most = fmaxf(most, value(v[m], k));
+    for (int k = 0; k < N; k++) most = fmaxf(most, value(v, k));
   }
   const A shift = most == -INFINITY ? 0 : most;
   sum += exp_of<T>(last - shift);
-#pragma unroll
-  for (int m = 0; m < M; m++) {
+#pragma unroll 2
+  for (int m = 0; m < share; m++) {
     if (first + m * step >= packs) continue;
+    const few<T, N> v = fetch<T, N>((const T *)(mine + m * HELD_THREADS));
 #pragma unroll
-    for (int k = 0; k < N; k++) sum += exp_of<T>(value(v[m], k) - shift);
+    for (int k = 0; k < N; k++) sum += exp_of<T>(value(v, k) - shift);
   }
-  const running<A> mine = join_warp<T>({most, sum});
-  cluster.barrier_wait();
+  const running<A> of_warp = join_warp<T>({most, sum});
   if ((int)threadIdx.x % 32 < n_blocks) {
-    cluster.map_shared_rank(part, threadIdx.x % 32)[rank * HELD_WARPS + threadIdx.x / 32] = mine;
+    cluster.map_shared_rank(part, threadIdx.x % 32)[rank * HELD_WARPS + threadIdx.x / 32] = of_warp;
   }
   cluster.sync();
   running<A> all = {-(A)INFINITY, 0};
@@ -258,11 +268,12 @@ __global__ void __launch_bounds__(HELD_THREADS, sizeof(T) == 2 ? 3 : 2)
   all = join_warp<T>(all);
   if (is_first) loss[row] = (A)log(all.s) + (all.m - at_label);
   const A gi = g != nullptr ? g[row] : 1, scale = gi / all.s;
-#pragma unroll
-  for (int m = 0; m < M; m++) {
+#pragma unroll 2
+  for (int m = 0; m < share; m++) {
     const int c = (first + m * step) * N;
     if (first + m * step >= packs) continue;
-    put<T, N>(zi + c, gradient_of<T, N>(v[m], c, all.m, scale, gi, label));
+    const few<T, N> v = fetch<T, N>((const T *)(mine + m * HELD_THREADS));
+    put<T, N>(zi + c, gradient_of<T, N>(v, c, all.m, scale, gi, label));
   }
   if (tail < vocab) {
     zi[tail] = store<T>(scale * exp_of<T>(last - all.m) - (tail == label ? gi : 0));
@@ -270,18 +281,25 @@ __global__ void __launch_bounds__(HELD_THREADS, sizeof(T) == 2 ? 3 : 2)
 #endif
 }
 
-/* Blocks that hold a row of `vocab`, or 0 when 8 do not. */
+/* Packs a thread keeps when n blocks hold a row. */
+template <class T> int64_t share_of(int64_t vocab, int n) {
+  const int64_t packs = vocab / lanes16<T>, threads = (int64_t)n * HELD_THREADS;
+  return (packs + threads - 1) / threads;
+}
+
+/* Blocks that hold a row: as few as give each a good share, or as many as there may be; 0 when the row is
+ * too long for all of them. */
 template <class T> int cluster_for(int64_t vocab) {
-  const int64_t packs = vocab / lanes16<T>;
-  for (int n = 1; n <= MAX_CLUSTER; n *= 2) {
-    if (packs <= (int64_t)n * HELD_THREADS * held<T>) return n;
-  }
-  return 0;
+  int n = 1;
+  while (n < MAX_CLUSTER && share_of<T>(vocab, n) * HELD_THREADS * 16 > GOOD_SHARE) n *= 2;
+  return share_of<T>(vocab, n) * HELD_THREADS * 16 + 2048 <= halo__cuda_device()->shared_bytes ? n : 0;
 }
 
 template <class T>
 halo_status run_held(acc_of<T> *loss, T *z, int64_t ld, const int64_t *labels, const acc_of<T> *g, int64_t rows,
                      int64_t vocab, int64_t ignore, int n_blocks) {
+  const int share = (int)share_of<T>(vocab, n_blocks), bytes = share * HELD_THREADS * 16;
+  HALO_CUDA_TRY(cudaFuncSetAttribute(fused_held<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = (unsigned)n_blocks;
@@ -289,10 +307,11 @@ halo_status run_held(acc_of<T> *loss, T *z, int64_t ld, const int64_t *labels, c
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(rows * n_blocks));
   config.blockDim = dim3(HELD_THREADS);
+  config.dynamicSmemBytes = (size_t)bytes;
   config.stream = halo__cuda_stream();
   config.attrs = &attribute;
   config.numAttrs = 1;
-  HALO_CUDA_TRY(cudaLaunchKernelEx(&config, fused_held<T>, loss, z, ld, labels, g, (int)vocab, ignore,
+  HALO_CUDA_TRY(cudaLaunchKernelEx(&config, fused_held<T>, loss, z, ld, labels, g, (int)vocab, share, ignore,
                                    halo__cuda_report_slot()));
   HALO_LAUNCHED("cross_entropy_fused");
   return HALO_OK;

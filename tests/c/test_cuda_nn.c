@@ -395,13 +395,15 @@ static void rmsnorm_case(halo_dtype t, halo_dtype tw, int64_t rows, int64_t cols
   CHECK_OK(halo_cuda_copy(again.dev, dw.dev, dw.bytes));
   CHECK_OK(halo_cpu_rmsnorm_bwd(t, dx.host, tw, dw.host, dy.host, x.host, ld, w.host, r.host, rows, cols));
   CHECK_OK(halo_cuda_rmsnorm_bwd(t, dx.dev, tw, dw.dev, dy.dev, x.dev, ld, w.dev, r.dev, rows, cols));
-  CHECK(same(&dx, t, rows * cols, 16, "rmsnorm_bwd dx"));
+  // dx is a difference, and of a row of one nothing is left.
+  const double slack = cols < 8 ? 1e4 : 16;
+  CHECK(same(&dx, t, rows * cols, slack, "rmsnorm_bwd dx"));
   CHECK(same(&dw, tw, cols, 10 * sqrt((double)rows) + 20, "rmsnorm_bwd dw"));
   CHECK_OK(halo_cuda_rmsnorm_bwd(t, NULL, tw, again.dev, dy.dev, x.dev, ld, w.dev, r.dev, rows, cols));
   CHECK(repeats(&again, snapshot(&dw)));
   CHECK_OK(halo_cuda_zero(dx.dev, dx.bytes));
   CHECK_OK(halo_cuda_rmsnorm_bwd(t, dx.dev, tw, NULL, dy.dev, x.dev, ld, w.dev, r.dev, rows, cols));
-  CHECK(same(&dx, t, rows * cols, 16, "rmsnorm_bwd dx alone"));
+  CHECK(same(&dx, t, rows * cols, slack, "rmsnorm_bwd dx alone"));
   pair_free(&x);
   pair_free(&w);
   pair_free(&y);
@@ -571,28 +573,32 @@ static void test_cross_entropy(void) {
 
 /* ---- adamw --------------------------------------------------------------------------------- */
 
-static void adamw_case(halo_dtype t, bool has_master, int64_t n, int64_t shift) {
+static void adamw_case(halo_dtype t, halo_dtype tm, bool has_master, int64_t n, int64_t shift) {
   const halo_dtype a = acc(t);
   pair p = normal(t, n, shift, 0, 1), master = normal(a, n, shift, 0, 1), g = normal(a, n, shift, 0, 0.1);
-  pair m = normal(a, n, shift, 0, 0.1), v = normal(a, n, shift, 0, 1);
+  pair m = normal(tm, n, shift, 0, 0.1), squares = normal(a, n, 0, 0, 1), v = output(tm, n, shift);
   for (int64_t i = 0; i < n; i++) { // second moments are squares
-    if (a == HALO_F64) ((double *)v.host)[i] = fabs(((double *)v.host)[i]) * 1e-3;
-    if (a == HALO_F32) ((float *)v.host)[i] = fabsf(((float *)v.host)[i]) * 1e-3f;
+    if (a == HALO_F64) ((double *)squares.host)[i] = fabs(((double *)squares.host)[i]) * 1e-3;
+    if (a == HALO_F32) ((float *)squares.host)[i] = fabsf(((float *)squares.host)[i]) * 1e-3f;
   }
+  CHECK_OK(halo_cpu_convert(v.host, tm, squares.host, a, n));
   pair_up(&v);
   for (int64_t step = 1; step < 4; step++) {
     const halo_adamw_step_args s = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1,
-                                    .grad_scale = 0.7, .step = step};
-    CHECK_OK(halo_cpu_adamw(t, p.host, has_master ? master.host : NULL, g.host, m.host, v.host, n, &s));
-    CHECK_OK(halo_cuda_adamw(t, p.dev, has_master ? master.dev : NULL, g.dev, m.dev, v.dev, n, &s));
+                                    .grad_scale = 0.7, .step = step, .stream = 17};
+    CHECK_OK(halo_cpu_adamw(t, p.host, has_master ? master.host : NULL, g.host, tm, m.host, v.host, n, &s));
+    CHECK_OK(halo_cuda_adamw(t, p.dev, has_master ? master.dev : NULL, g.dev, tm, m.dev, v.dev, n, &s));
   }
-  CHECK(same(&p, t, n, 8, "adamw p") && same(&m, a, n, 8, "adamw m") && same(&v, a, n, 8, "adamw v"));
-  CHECK(same(&master, a, n, 8, "adamw master"));
+  // A moment on the edge between two bf16 may fall to either side, by the last bit of its fp32.
+  const double slack = tm == a ? 8 : 1e4;
+  CHECK(same(&p, t, n, slack, "adamw p") && same(&m, tm, n, 8, "adamw m") && same(&v, tm, n, 8, "adamw v"));
+  CHECK(same(&master, a, n, slack, "adamw master"));
   pair_free(&p);
   pair_free(&master);
   pair_free(&g);
   pair_free(&m);
   pair_free(&v);
+  pair_free(&squares);
 }
 
 static void test_adamw(void) {
@@ -600,7 +606,8 @@ static void test_adamw(void) {
   for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
     for (int32_t r = 0; r < 3; r++) {
       for (int32_t variant = 0; variant < 4; variant++) {
-        adamw_case(reals[r], variant % 2 == 1, counts[k], variant / 2);
+        adamw_case(reals[r], acc(reals[r]), variant % 2 == 1, counts[k], variant / 2);
+        if (reals[r] != HALO_F64) adamw_case(reals[r], HALO_BF16, variant % 2 == 1, counts[k], variant / 2);
       }
       const halo_dtype t = reals[r];
       pair x = normal(t, counts[k], k % 2, 0.3, 1);
@@ -662,7 +669,7 @@ static void long_rows(uint16_t *a, uint16_t *b, float *c) {
   uint16_t *x = malloc(LONG_N * 2), *y = malloc(LONG_N * 2), w[LONG_COLS];
   float r[5], *sums = malloc(LONG_COLS * 4);
   CHECK_OK(halo_cpu_random_normal(HALO_BF16, x, LONG_N, 1, 2, last, 0, 1));
-  CHECK_OK(halo_cpu_fill(HALO_BF16, w, LONG_COLS, 1.5));
+  CHECK_OK(halo_cpu_random_normal(HALO_BF16, w, LONG_COLS, 1, 3, 0, 1, 1));
   uint16_t *w_dev = (uint16_t *)c;
   float *r_dev = c + LONG_COLS, *sums_dev = r_dev + LONG_ROWS;
   CHECK_OK(halo_cuda_copy_in(w_dev, w, sizeof w));
@@ -671,7 +678,9 @@ static void long_rows(uint16_t *a, uint16_t *b, float *c) {
   CHECK(slice_same(b, y, HALO_BF16, last, LONG_N, 4, "rmsnorm_fwd, long"));
   CHECK_OK(halo_cuda_rmsnorm_bwd(HALO_BF16, b, HALO_F32, NULL, a, a, LONG_COLS, w_dev, r_dev, LONG_ROWS, LONG_COLS));
   CHECK_OK(halo_cpu_rmsnorm_bwd(HALO_BF16, y, HALO_F32, NULL, x, x, LONG_COLS, w, r, 5, LONG_COLS));
-  CHECK(slice_same(b, y, HALO_BF16, last, LONG_N, 400, "rmsnorm_bwd, long"));
+  CHECK(slice_same(b, y, HALO_BF16, last, LONG_N, 16, "rmsnorm_bwd, long"));
+  CHECK_OK(halo_cpu_fill(HALO_BF16, w, LONG_COLS, 1.5));
+  CHECK_OK(halo_cuda_copy_in(w_dev, w, sizeof w));
   CHECK_OK(halo_cuda_bias_rows(HALO_BF16, b, LONG_COLS, w_dev, LONG_ROWS, LONG_COLS));
   CHECK_OK(halo_cuda_sum_rows(HALO_F32, sums_dev, HALO_BF16, b, LONG_COLS, LONG_ROWS, LONG_COLS, 0));
   for (int32_t i = 0; i < LONG_COLS; i++) sums[i] = 1.5f * LONG_ROWS;
