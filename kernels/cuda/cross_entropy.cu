@@ -198,11 +198,11 @@ __global__ void __launch_bounds__(THREADS)
 
 /* ---- a row held by a cluster --------------------------------------------------------------- */
 
-constexpr int HELD_THREADS = 256, HELD_WARPS = HELD_THREADS / 32, MAX_CLUSTER = 8;
+constexpr int HELD_THREADS = 256, MAX_CLUSTER = 8;
 constexpr int64_t GOOD_SHARE = 40 << 10; // of a row in a block: five blocks on a multiprocessor
 
 /* Memory to shared memory, past the registers; 16 bytes. */
-__device__ __forceinline__ void copy_async(void *to, const void *from) {
+[[maybe_unused]] __device__ __forceinline__ void copy_async(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
                "l"(from));
 }
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(HELD_THREADS, 5)
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   using A = acc_of<T>;
-  constexpr int N = lanes16<T>;
+  constexpr int N = lanes16<T>, HELD_WARPS = HELD_THREADS / 32;
   extern __shared__ uint4 row_share[];
   __shared__ running<A> part[MAX_CLUSTER * HELD_WARPS];
   const cg::cluster_group cluster = cg::this_cluster();

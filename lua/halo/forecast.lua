@@ -3,7 +3,8 @@
 -- `halo check` prints it; no device and no memory is needed, so a 32-rank job can be checked on a laptop.
 -- Bytes per rank, with T tokens here (sequences of a micro-batch stacked), b bytes of an element:
 --
---    weights      b P           gradients  4 P (8 P in f64)       moments  8 P (16 P), + 4 P master in bf16
+--    weights      b P           gradients  4 P (8 P in f64)       moments  8 P (16 P; 4 P kept in
+--                                                                    bf16), + 4 P master in bf16
 --    activations  block inputs, L E T, and the largest of three moments of the backward pass
 --       MLP         what a block keeps (below), gradients of its output and input, and for one chunk of rows
 --                   gate, up, their product, and the gradients of these: 6 F
@@ -93,6 +94,7 @@ local function memory_of(resolved, stage, parameters)
   local m, mesh = resolved.model, resolved.mesh
   local b = dtype_bytes[resolved.dtype]
   local wide = resolved.dtype == "f64" and 8 or 4 -- gradients, moments, sums
+  local moment = resolved.optim and resolved.optim.moments == "bf16" and 2 or wide
   local block = stage.attention.ring.block
   local per_rank = math.ceil(stage.context / (mesh.cp * block)) * block
   local tokens = per_rank * stage.batch / (mesh.dp * stage.accumulate)
@@ -101,7 +103,7 @@ local function memory_of(resolved, stage, parameters)
   local out = {
     weights = b * parameters,
     gradients = wide * parameters,
-    optimizer = 2 * wide * parameters + (resolved.dtype == "bf16" and 4 * parameters or 0),
+    optimizer = 2 * moment * parameters + (resolved.dtype == "bf16" and 4 * parameters or 0),
     activations = activation_bytes(m, device, b, wide, tokens, stage.offload),
     host = stage.offload and device ~= "cpu" and b * m.layers * m.width * tokens or 0,
     ring = mesh.cp > 1 and 3 * kv * b + 3 * kv * wide + q * wide or device ~= "cpu" and kv * (b + wide) or 0,
