@@ -236,8 +236,8 @@ halo_status halo_cuda_mark_free(void *mark) {
 
 halo_status halo_cuda_synchronize(void) {
   HALO_TRY(halo__cuda_ready());
-  HALO_CUDA_TRY(cudaStreamSynchronize(open().stream));
-  return heard();
+  const cudaError_t error = cudaStreamSynchronize(open().stream);
+  return error == cudaSuccess ? heard() : halo__cuda_error(error, "waiting for the device");
 }
 
 halo_status halo_cuda_device_count(int32_t *out) {
