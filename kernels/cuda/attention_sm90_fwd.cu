@@ -616,6 +616,8 @@ template <int D, int G> struct consumer {
         it = meet(it, sc, p, o);
       } else {
         const float nothing[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < NO; i++) o[i] = 0.0f; // of the item before: its signs and NaN are not ours
         free_buffer(&s.q_free[q.index]);
         q.next();
         close(it, o, nothing, nothing);
