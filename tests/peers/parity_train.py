@@ -99,7 +99,7 @@ def train(model, batches, o):
             for m, p in zip(masters, parameters):
                 p.copy_(m)
                 m.grad = None
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert len(names) == len(set(names))
     return losses, norms
 
