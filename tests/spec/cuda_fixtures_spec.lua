@@ -25,7 +25,11 @@ describe("golden models of Transformers on the device #gpu", function()
   local safetensors = require "halo.safetensors"
   local tensor = require "halo.tensor"
 
-  local BLOCK = 16 -- 96 tokens are 6 blocks
+  -- 96 tokens are 6 blocks of 16.
+  local function dense(config)
+    return attending.new { config = config, comm = require("halo.comm").self(),
+      pattern = { type = "dense", ring = { type = "flat", layout = "contiguous", block = 16 } } }
+  end
 
   -- All values as doubles, from either device.
   local function values(t) return t:to("cpu"):detach():cast("f64"):contiguous():host(), t.count end
@@ -72,7 +76,7 @@ describe("golden models of Transformers on the device #gpu", function()
 
       it("gives logits, loss and gradients in f32", function()
         local m = fresh "f32"
-        local attend = attending.dense(m.config, BLOCK)
+        local attend = dense(m.config)
         local batch = batch_of(golden:read "input_ids", golden:read "labels")
         local logits = autograd.no_grad(function() return m:logits(batch.ids, run_of(m, attend, batch)) end)
         local worst = differences(logits, golden:read "logits")
@@ -91,7 +95,7 @@ describe("golden models of Transformers on the device #gpu", function()
 
       it("gives logits and loss in bf16", function()
         local m = fresh "bf16"
-        local attend = attending.dense(m.config, BLOCK)
+        local attend = dense(m.config)
         local batch = batch_of(golden:read "input_ids", golden:read "labels")
         local logits = autograd.no_grad(function() return m:logits(batch.ids, run_of(m, attend, batch)) end)
         local _, relative = differences(logits, golden:read "logits")
@@ -104,7 +108,7 @@ describe("golden models of Transformers on the device #gpu", function()
 
       it("trains ten AdamW steps and generates as Transformers does", function()
         local m = fresh "f32"
-        local attend = attending.dense(m.config, BLOCK)
+        local attend = dense(m.config)
         local opt = optim.adamw(m.parameters, { betas = settings.betas, eps = settings.eps,
           decay = settings.weight_decay })
         local losses = values(golden:read "train_losses")
@@ -127,7 +131,7 @@ describe("golden models of Transformers on the device #gpu", function()
         local g, total = values(golden:read "greedy_output")
         for i = n + 1, total do expected[i - n] = g[i - 1] end
         assert.same(expected, generate.run { model = m, ids = prompt, tokens = #expected,
-          attending = attending.dense(m.config, BLOCK) })
+          attending = dense(m.config) })
       end)
     end)
   end

@@ -142,7 +142,7 @@ describe("training on a device #gpu", function()
     assert.equal(1, #niah.rows)
     job.stage = nil -- the evaluation laid out its own length
     job:enter(job.stages[1])
-    local loss = job:loss_on(job:validation_batch(1))
+    local loss = job:loss_on(job:validation_batch(job.attending.batch))
     assert.is_true(loss > 0 and loss < 20)
   end)
 
