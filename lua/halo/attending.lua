@@ -42,9 +42,11 @@ end
 
 --- Dense causal attention on one rank: for generation, probes and small scripts.
 -- @tparam table config sizes of the model
--- @tparam[opt="cpu"] string device decides the block
-function M.dense(config, device)
-  local comm, block = require("halo.comm").self(), devices.block[device or "cpu"]
+-- @tparam[opt] int block tokens per block; default: what the device likes best
+-- @tparam[opt="cpu"] string device
+function M.dense(config, block, device)
+  local comm = require("halo.comm").self()
+  block = block or devices.block[device or "cpu"]
   return M.new { config = config, comm = comm,
     pattern = { type = "dense", ring = { type = "flat", layout = "contiguous", block = block } } }
 end

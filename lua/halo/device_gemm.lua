@@ -23,7 +23,8 @@ local M = {}
 local models = {
   { name = "gpt2-124m", tokens = 65536, list = { { "q, k, v", 2304, 768 }, { "o", 768, 768, add = true },
     { "gate, up", 4096, 768 }, { "down", 768, 2048, add = true }, { "head, a chunk", 50304, 768, rows = 2048 } } },
-  { name = "qwen2.5-3b", tokens = 32768, list = { { "q, k, v", 2560, 2048, bias = true }, { "o", 2048, 2048, add = true },
+  { name = "qwen2.5-3b", tokens = 32768, list = { { "q, k, v", 2560, 2048, bias = true }, 
+      { "o", 2048, 2048, add = true },
     { "gate, up", 22016, 2048, inner = true }, { "down", 2048, 11008, inner = true, add = true },
     { "head, a chunk", 151936, 2048, rows = 2048 } } },
 }
@@ -112,7 +113,8 @@ function M.run(o)
   return bench.result({ rows = rows, square_flops_per_second = square, flops_per_second = flops_all / seconds_all }, {
     title = ("Products of a training step on %s, %s, dw in fp32"):format(o.device, o.dtype),
     columns = { "model", "product", "pass", "rows x outputs x inputs", "ms", "TFLOP/s", "of square" }, rows = lines,
-    notes = { ("a square product of %d: %.1f TFLOP/s before, %.1f after"):format(o.square, 1e-12 * square[1], 1e-12 * square[2]),
+    notes = { ("a square product of %d: %.1f TFLOP/s before, %.1f after"):format(o.square, 1e-12 * square[1],
+      1e-12 * square[2]),
       ("all products above together: %.1f TFLOP/s"):format(1e-12 * flops_all / seconds_all) },
   })
 end

@@ -10,7 +10,8 @@
 --                   gate, up, their product, and the gradients of these: 6 F
 --       attention   what attention keeps, gradients of o, q, k, v, and the kernel's fp32 sums
 --       loss        final hidden states, their gradient, one chunk of logits, the output matrix' gradient
---    ring         on a device the keys and values and their gradients once (fp32); W > 1: three slots of keys and values (b) and of their gradients (fp32), 2 Hk D T each
+--    ring         on a device the keys and values and their gradients once (fp32); W > 1: three slots of keys
+--                 and values (b) and of their gradients (fp32), 2 Hk D T each
 --    host         offload: the block inputs, in pinned host memory; not part of the total
 --
 -- What a block keeps for its backward, columns of T elements: its two normed inputs and the residual

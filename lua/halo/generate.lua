@@ -142,7 +142,7 @@ function M.run(o)
   elseif o.stop then
     stop[o.stop] = true
   end
-  local attend = o.attending or attending.dense(model.config, model.device)
+  local attend = o.attending or attending.dense(model.config, nil, model.device)
   return autograd.no_grad(function()
     local out = {}
     attend:set_context(n, 1)

@@ -185,7 +185,8 @@ end
 -- What a forward pass needs besides ids: positions and the attention of this micro-batch.
 function Job:run_of(batch)
   local run = {
-    recompute = self.recipe.model.recompute == "block", offload = self.stage.offload, mlp_chunk = model.decoder.mlp_chunk[self.device], weights = batch.weights,
+    recompute = self.recipe.model.recompute == "block", offload = self.stage.offload,
+    mlp_chunk = model.decoder.mlp_chunk[self.device], weights = batch.weights,
     attend = function(layer, q, k, v) return self.attending:attend(layer, q, k, v) end,
   }
   run.cos, run.sin = self.model:positions(batch.positions, self.stage.context)
@@ -285,7 +286,8 @@ function Job:loss_on(batch, plans)
   local attend = self.attending
   return autograd.no_grad(function()
     attend:begin { documents = batch.documents, step = self.step_index, plans = plans }
-    local run = { mlp_chunk = model.decoder.mlp_chunk[self.device], attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
+    local run = { mlp_chunk = model.decoder.mlp_chunk[self.device],
+      attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
     local sum, n
     memory.scope(function()
       local here = to_device(batch, self.device)

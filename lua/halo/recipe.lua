@@ -422,8 +422,8 @@ local function check_whole(recipe, out)
   end
   for _, stage in ipairs(out.stages) do
     if stage.offload and out.model.recompute ~= "block" then
-      complain(('stage %s: offload moves block inputs, and with recompute = "none" all else stays; use recompute = "block"')
-        :format(stage.name), "offload")
+      complain(('stage %s: offload moves block inputs, and with recompute = "none" all else stays; use '
+        .. 'recompute = "block"'):format(stage.name), "offload")
     end
   end
   check_mix(out.data, complain)

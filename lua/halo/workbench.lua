@@ -135,7 +135,7 @@ function Bench:parts()
       local model = require("halo.model").from_hf(self.target, { device = device,
         dtype = device == "cuda" and "bf16" or nil })
       self.bare = { model = model, tokenizer = require("halo.tokenizer").load(self.target),
-        attending = require("halo.attending").dense(model.config, model.device) }
+        attending = require("halo.attending").dense(model.config, nil, model.device) }
     end
     return self.bare
   end

@@ -24,7 +24,9 @@ describe("training on a device #gpu", function()
   setup(function()
     dir = fs.temp_dir()
     fs.mkdir(dir .. "/text")
-    for i = 1, 6 do fs.write(("%s/text/%d.txt"):format(dir, i), ("All happy families are alike %d; "):rep(900):gsub("%%d", i)) end
+    for i = 1, 6 do
+      fs.write(("%s/text/%d.txt"):format(dir, i), ("All happy families are alike %d; "):rep(900):gsub("%%d", i))
+    end
     process.setenv("HALO_CACHE", dir .. "/cache")
   end)
   teardown(function() fs.remove_tree(dir) end)

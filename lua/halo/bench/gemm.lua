@@ -12,7 +12,8 @@ local M = {
   name = "gemm",
   summary = "matrix products against plain BLAS",
   options = { device = { "string", "cpu" }, model = "string?", tokens = "int?", chunk = { "int", 8192 },
-    square = { "int", 8192 }, width = { "int", 768 }, ffn = { "int", 2048 }, vocab = { "int", 50257 }, repeats = { "int", 5 },
+    square = { "int", 8192 }, width = { "int", 768 }, ffn = { "int", 2048 }, vocab = { "int", 50257 },
+    repeats = { "int", 5 },
     dtype = "string?" },
 }
 

@@ -168,7 +168,7 @@ function M.prepare(o)
   memory.reset_peak(o.device)
   local self = { o = o, step = step_once, model = build(o) }
   self.optimizer = optim.adamw(self.model.parameters, { decay = 0.1 })
-  self.attend = attending.dense(self.model.config, o.device)
+  self.attend = attending.dense(self.model.config, nil, o.device)
   self.attend:set_context(o.tokens, o.batch)
   self.ids, self.labels, self.positions = batch_of(o)
   return self

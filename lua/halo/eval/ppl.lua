@@ -58,7 +58,8 @@ local function score(model, attend, ids, from, to)
         local target = attend:global_of(row) + 1 -- position p predicts token p + 1
         labels[row] = target >= math.max(from, 1) and target <= to and target < n and ids[target + 1] or IGNORE
       end
-      local run = { mlp_chunk = decoder.mlp_chunk[model.device], attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
+      local run = { mlp_chunk = decoder.mlp_chunk[model.device],
+        attend = function(l, q, k, v) return attend:attend(l, q, k, v) end }
       run.cos, run.sin = model:positions(positions, n)
       local per_token = model:token_loss(local_ids,
         tensor.from_pointer(labels, { shape = { 1, t }, dtype = "i32", device = model.device }), run)
