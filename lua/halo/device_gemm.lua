@@ -23,7 +23,7 @@ local M = {}
 local models = {
   { name = "gpt2-124m", tokens = 65536, list = { { "q, k, v", 2304, 768 }, { "o", 768, 768, add = true },
     { "gate, up", 4096, 768 }, { "down", 768, 2048, add = true }, { "head, a chunk", 50304, 768, rows = 2048 } } },
-  { name = "qwen2.5-3b", tokens = 32768, list = { { "q, k, v", 2560, 2048, bias = true }, 
+  { name = "qwen2.5-3b", tokens = 32768, list = { { "q, k, v", 2560, 2048, bias = true },
       { "o", 2048, 2048, add = true },
     { "gate, up", 22016, 2048, inner = true }, { "down", 2048, 11008, inner = true, add = true },
     { "head, a chunk", 151936, 2048, rows = 2048 } } },
