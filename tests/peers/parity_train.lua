@@ -14,7 +14,7 @@ local tensor = require "halo.tensor"
 local o = json.read((...))
 local m = model.from_hf(o.model, { dtype = o.dtype, device = o.device })
 local opt = optim.adamw(m.parameters, { betas = { 0.9, 0.95 }, eps = 1e-8, decay = 0.1, clip = 1.0 })
-local attend = attending.dense(m.config, o.device)
+local attend = attending.dense(m.config, nil, o.device)
 attend:set_context(o.tokens, o.batch)
 
 local text = fs.read(o.batches)
