@@ -3,7 +3,7 @@
  * Three families compute the same thing, one file each side of a bar being forward and backward:
  *
  *   hopper    attention_sm90_fwd.cu | attention_sm90_bwd.cu   wgmma and TMA; bf16, D = 64, 128, sm_90
- *   portable  attention_portable.cu  | attention_portable_bwd.cu  mma.sync; bf16, D = 64, 128, sm_80 and later
+ *   portable  attention_portable.cu  | attention_portable_bwd.cu  mma.sync; bf16, D = 64, 128, from sm_80 on
  *   general   attention_general.cu (both)                     any real type, D <= 256, any block
  *
  * attention.cu picks the first that fits; HALO_ATTENTION=hopper|portable|general in the environment
@@ -53,6 +53,12 @@ halo_status halo__general_columns_fwd(const halo_attention_queries *a,
                                       const halo_attention_columns *keys);
 halo_status halo__general_columns_bwd(const halo_attention_queries *a,
                                       const halo_attention_columns *keys);
+
+halo_status halo__general_cached(halo_dtype t, void *out, void *lse, const void *q, const void *k,
+                                       const void *v, const int64_t *key_position,
+                                       const int64_t *query_position, int64_t n_batch, int64_t n_queries,
+                                       int64_t n_heads, int64_t n_kv_heads, int64_t head_size,
+                                       int64_t length, int64_t capacity, double scale);
 
 typedef enum halo__attention_path {
   HALO__ATTENTION_HOPPER,

@@ -767,7 +767,7 @@ halo_status halo__general_columns_bwd(const halo_attention_queries *a, const hal
   return run_backward(a, keys_of(x, x->by_query), keys_of(x, x->by_column), 1);
 }
 
-halo_status halo_cuda_attention_cached(halo_dtype t, void *out, void *lse, const void *q, const void *k,
+halo_status halo__general_cached(halo_dtype t, void *out, void *lse, const void *q, const void *k,
                                        const void *v, const int64_t *key_position,
                                        const int64_t *query_position, int64_t n_batch, int64_t n_queries,
                                        int64_t n_heads, int64_t n_kv_heads, int64_t head_size,

@@ -530,9 +530,16 @@ static bool is_aligned(const void *p, const int64_t *stride) {
   return (uintptr_t)p % 16 == 0 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[2] % 8 == 0;
 }
 
+/* Bytes of shared memory: backward (dq is there) keeps more. Devices of sm_86 and 89 have 99 KB. */
+static int64_t shared_wanted(const halo_attention_queries *a) {
+  if (a->dq == nullptr) return shared_bytes((int)a->head_size, 128);
+  return (2 * 128 + 4 * 64) * a->head_size * 2 + 2 * 64 * 128 * 2 + 4 * 64 * 4; // key_shared
+}
+
 bool halo__portable_fits(const halo_attention_queries *a) {
   return a->dtype == HALO_BF16 && (a->head_size == 64 || a->head_size == 128) &&
          (a->block == 64 || a->block == 128) && a->scale > 0 && halo__cuda_device()->major >= 8 &&
+         shared_wanted(a) <= halo__cuda_device()->shared_bytes &&
          a->n_batch * a->n_heads * a->n_blocks < INT32_MAX && is_aligned(a->q, a->q_stride) &&
          (a->grad == nullptr || is_aligned(a->grad, a->grad_stride));
 }

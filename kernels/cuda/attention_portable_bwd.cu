@@ -105,7 +105,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], uint32_t x, i
 
 /* d += columns of x (a tile of C columns, from m0) times columns of y (from n0), over `rows` rows. */
 template <int C, int D, int ROWS, int M, int N>
-__device__ __forceinline__ void multiply_columns(float (&d)[M][N][4], uint32_t x, int m0, uint32_t y, int n0) {
+__device__ __forceinline__ void multiply_columns(float (&d)[M][N][4], uint32_t x, int m0, uint32_t y,
+                                                 int n0) {
 #pragma unroll
   for (int k = 0; k < ROWS; k += 16) {
     uint32_t a[M][4];
@@ -270,6 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
     clear(t);
     if (sees) {
       multiply_rows<D>(s, q, row0, k, col0);
+      multiply_rows<D>(t, grad, row0, v, col0); // before the exponentials: products enough to hide them
       const int32_t position = is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -291,7 +293,6 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
           put2<KEYS>(p, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]);
         }
       }
-      multiply_rows<D>(t, grad, row0, v, col0);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -407,7 +408,8 @@ struct key_walk {
 };
 
 template <int D>
-__device__ __forceinline__ void fetch_keys(uint32_t k, uint32_t v, const keys &x, const int64_t *rows, int n) {
+__device__ __forceinline__ void fetch_keys(uint32_t k, uint32_t v, const keys &x, const int64_t *rows,
+                                           int n) {
 #pragma unroll
   for (int i = 0; i < TOGETHER * (D / 8) / Q_THREADS; i++) {
     const int at = i * Q_THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
@@ -454,7 +456,8 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
   const int64_t pattern = a.pattern_of[u], list = pattern * a.n_blocks + token / G;
   key_walk w = {x.run + x.offset[list], x.run + x.offset[list + 1], 0, 0};
   if (w.run == w.end) return;
-  const int64_t slots = HAS_COLUMNS ? x.slot_offset[u] : 0, tokens = HAS_COLUMNS ? x.token_offset[pattern] : 0;
+  const int64_t slots = HAS_COLUMNS ? x.slot_offset[u] : 0;
+  const int64_t tokens = HAS_COLUMNS ? x.token_offset[pattern] : 0;
   const int64_t kv_row = (int64_t)(batch * a.Hk + head / (a.H / a.Hk)) * a.T;
   const int unit = HAS_COLUMNS ? 1 : G;
   bool is_partial, next_partial, then_partial;
@@ -494,7 +497,8 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
       fetch_keys<D>(to, to + TILE, x, rows[next_slot], next);
     }
     copies_commit();
-    const int then = w.next(x, slots, tokens, kv_row, unit, rows[then_slot], positions[then_slot], &then_partial);
+    const int then = w.next(x, slots, tokens, kv_row, unit, rows[then_slot], positions[then_slot],
+                            &then_partial);
     const uint32_t k = stage0 + stage * 2 * TILE, v = k + TILE;
     float s[1][8][4], t[1][8][4];
     clear(s);
@@ -605,8 +609,10 @@ halo_status run_tiles(const halo_attention_queries *a, const halo_attention_tile
 } // namespace
 
 halo_status halo__portable_bwd(const halo_attention_queries *a, const halo_attention_tiles *keys) {
-  if (a->head_size == 128) return a->block == 128 ? run_tiles<128, 128>(a, keys) : run_tiles<128, 64>(a, keys);
-  return a->block == 128 ? run_tiles<64, 128>(a, keys) : run_tiles<64, 64>(a, keys);
+  if (a->block == 128) {
+    return a->head_size == 128 ? run_tiles<128, 128>(a, keys) : run_tiles<64, 128>(a, keys);
+  }
+  return a->head_size == 128 ? run_tiles<128, 64>(a, keys) : run_tiles<64, 64>(a, keys);
 }
 
 halo_status halo__portable_columns_bwd(const halo_attention_queries *a,

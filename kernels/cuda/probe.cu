@@ -22,7 +22,8 @@ using namespace halo;
 
 namespace {
 
-enum { LANES = HALO_PROBE_LANES, SLOTS = 16, EACH = 4, KEYS = SLOTS * EACH, THREADS = SLOTS * LANES, DEPTH = 32 };
+enum { LANES = HALO_PROBE_LANES, SLOTS = 16, EACH = 4, DEPTH = 32 };
+enum { KEYS = SLOTS * EACH, THREADS = SLOTS * LANES };
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
@@ -134,7 +135,8 @@ halo_status halo_cuda_probe_peak(void *peak, const halo_probe *p) {
   const int64_t blocks = p->n_units * p->n_blocks * ((p->block + KEYS - 1) / KEYS) * (p->lanes / LANES);
   if (blocks == 0) return HALO_OK;
   HALO_CHECK(blocks < INT32_MAX, HALO_EUNSUPPORTED, "probe: %lld blocks are too many", (long long)blocks);
-  HALO_REAL(p->t, T, (logits<T><<<(unsigned)blocks, THREADS, 0, halo__cuda_stream()>>>((acc_of<T> *)peak, *p)));
+  cudaStream_t stream = halo__cuda_stream();
+  HALO_REAL(p->t, T, (logits<T><<<(unsigned)blocks, THREADS, 0, stream>>>((acc_of<T> *)peak, *p)));
   HALO_LAUNCHED("probe_peak");
   return HALO_OK;
 }

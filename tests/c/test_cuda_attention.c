@@ -493,6 +493,91 @@ static void repeats(void) {
   check_case(&cases[5], "hopper", HALO_BF16, 1);
 }
 
+/* ---- beside a plain bf16 program ---- */
+
+/* out, dq, dk, dv of dense causal attention as a program of bf16 products writes it: every matrix is rounded
+ * to bf16, sums and the softmax are fp32. For one batch and as many key heads as query heads. */
+static void plain(const setting *s, float *out, float *dq, float *dk, float *dv) {
+  const int64_t T = s->T, D = s->c.D, H = s->c.H;
+  float *p = malloc((size_t)T * 4), *dp = malloc((size_t)T * 4);
+  for (int64_t h = 0; h < H; h++) {
+    const double *k = s->k[0] + h * T * D, *v = s->v[0] + h * T * D;
+    for (int64_t i = 0; i < T; i++) {
+      const int64_t row = (i * H + h) * D;
+      const double *q = s->q[0] + row, *g = s->grad[0] + row;
+      float top = -INFINITY, sum = 0, delta = 0;
+      for (int64_t j = 0; j <= i; j++) {
+        float dot = 0, dot_g = 0;
+        for (int64_t d = 0; d < D; d++) {
+          dot += (float)(q[d] * k[j * D + d]);
+          dot_g += (float)(g[d] * v[j * D + d]);
+        }
+        p[j] = bf16_round(bf16_round(dot) * (float)s->scale);
+        dp[j] = bf16_round(dot_g);
+        top = fmaxf(top, p[j]);
+      }
+      for (int64_t j = 0; j <= i; j++) sum += p[j] = expf(p[j] - top);
+      for (int64_t j = 0; j <= i; j++) {
+        p[j] = bf16_round(p[j] / sum);
+        delta += p[j] * dp[j];
+      }
+      for (int64_t j = 0; j <= i; j++) {
+        const float ds = bf16_round(bf16_round(p[j] * (dp[j] - delta)) * (float)s->scale);
+        for (int64_t d = 0; d < D; d++) {
+          out[row + d] += p[j] * (float)v[j * D + d];
+          dq[row + d] += ds * (float)k[j * D + d];
+          dk[(h * T + j) * D + d] += ds * (float)q[d];
+          dv[(h * T + j) * D + d] += p[j] * (float)g[d];
+        }
+      }
+    }
+  }
+  float *const all[] = {out, dq, dk, dv};
+  for (int64_t i = 0; i < 4 * s->n_q; i++) all[i % 4][i / 4] = bf16_round(all[i % 4][i / 4]);
+  free(p);
+  free(dp);
+}
+
+static double worst_of(const double *got, const float *plain_got, const double *want, int64_t n) {
+  double worst = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const double d = fabs((got != NULL ? got[i] : plain_got[i]) - want[i]);
+    if (!(d <= worst)) worst = d;
+  }
+  return worst;
+}
+
+/* FlashAttention's own rule: an error at most twice (gradients: three times) that of a plain program. */
+static void no_worse_than_plain(void) {
+  static const char *const families[] = {"hopper", "portable", "general"};
+  for (int64_t D = 64; D <= 128; D *= 2) {
+    const test_case c = {1, 2, 2, D, 128, 512, 1, HALO_LAYOUT_CONTIGUOUS, DENSE};
+    setting s = open_setting(&c);
+    float *x[4];
+    for (int i = 0; i < 4; i++) x[i] = calloc((size_t)s.n_q, 4);
+    plain(&s, x[0], x[1], x[2], x[3]);
+    results want = run(&s, HALO_CPU, HALO_F64, 0, 0);
+    const double *truth[4] = {want.x[OUT], want.x[DQ], want.x[DKV], want.x[DKV] + s.n_k};
+    for (int f = 0; f < 3; f++) {
+      if (f > 0) setenv("HALO_ATTENTION", families[f], 1); // 0: the device's own choice
+      results got = run(&s, HALO_CUDA, HALO_BF16, 0, 0);
+      const double *have[4] = {got.x[ONCE], got.x[DQ], got.x[DKV], got.x[DKV] + s.n_k};
+      for (int i = 0; i < 4; i++) {
+        const double error = worst_of(have[i], NULL, truth[i], s.n_q);
+        const double allowed = worst_of(NULL, x[i], truth[i], s.n_q);
+        fprintf(stderr, "  %-8s D%d %s: %.1e, a plain program %.1e\n", families[f], (int)D,
+                (const char *[]){"out", "dq", "dk", "dv"}[i], error, allowed);
+        CHECK(error <= (i == 0 ? 2 : 3) * allowed);
+      }
+      free_results(&got);
+    }
+    unsetenv("HALO_ATTENTION");
+    free_results(&want);
+    for (int i = 0; i < 4; i++) free(x[i]);
+    close_setting(&s);
+  }
+}
+
 /* ---- cache ---- */
 
 typedef struct cache_case {
@@ -531,7 +616,9 @@ static void caches(void) {
     const int64_t n_q = c->B * c->Tq * c->H * c->D, n_k = c->B * c->capacity * c->Hk * c->D;
     double *x[3] = {sample(n_q, 2), sample(n_k, 1), sample(n_k, 1)};
     int64_t *positions = malloc((size_t)(c->capacity + c->Tq) * 8);
-    for (int64_t j = 0; j < c->capacity; j++) positions[j] = j % 7 == 3 ? INT32_MAX : (j * 5) % (c->capacity + 1);
+    for (int64_t j = 0; j < c->capacity; j++) {
+      positions[j] = j % 7 == 3 ? INT32_MAX : (j * 5) % (c->capacity + 1);
+    }
     for (int64_t j = 0; j < c->Tq; j++) positions[c->capacity + j] = c->capacity / 2 + j;
     double *want_lse, *got_lse, *want = run_cached(c, HALO_CPU, HALO_F64, x, positions, &want_lse);
     for (int j = 0; j < 3; j++) {
@@ -595,7 +682,8 @@ static void run_probe(const probe_case *c, halo_device device, halo_dtype t, con
 }
 
 static void probes(void) {
-  static const probe_case all[] = {{1, 4, 2, 128, 9, 64, 64}, {2, 3, 3, 80, 5, 100, 16}, {1, 2, 1, 24, 3, 7, 32}};
+  static const probe_case all[] = {
+      {1, 4, 2, 128, 9, 64, 64}, {2, 3, 3, 80, 5, 100, 16}, {1, 2, 1, 24, 3, 7, 32}};
   static const halo_dtype dtypes[] = {HALO_BF16, HALO_F32, HALO_F64};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
     const probe_case *c = &all[i];
@@ -634,6 +722,7 @@ int main(void) {
   RUN(odd_sizes);
   RUN(twins);
   RUN(repeats);
+  RUN(no_worse_than_plain);
   return check_report();
 }
 

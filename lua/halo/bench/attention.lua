@@ -2,7 +2,8 @@
 --
 -- One rank, N(0,1) inputs. Flops are those of the tiles and columns that are computed, 4 D a pair forward
 -- and 10 D backward; kept is the share of causal pairs. The yardstick is a product, plain BLAS on 1024^3 in
--- fp32 or, on a GPU, `ops.matmul` on 8192^3 in the dtype measured, the three cases and it taking turns.
+-- fp32 or, on a GPU, `ops.matmul` on 8192^3 in the dtype measured, the three cases and it taking turns. On a
+-- GPU `path=portable` (hopper, general) measures one family of kernels instead of the device's own choice.
 local attention = require "halo.attention"
 local bench = require "halo.bench"
 local comms = require "halo.comm"
@@ -11,6 +12,7 @@ local halo_ffi = require "halo.ffi"
 local layouts = require "halo.layout"
 local ops = require "halo.ops"
 local plans = require "halo.plan"
+local process = require "halo.process"
 local rings = require "halo.ring"
 local tensor = require "halo.tensor"
 
@@ -21,7 +23,7 @@ local M = {
   summary = "dense and sparse attention, forward and backward",
   options = { tokens = { "int", 8192 }, heads = { "int", 12 }, kv_heads = { "int", 12 }, head_dim = { "int", 64 },
     block = { "int", 64 }, kept = { "number", 0.1 }, repeats = { "int", 3 }, dtype = { "string", "f32" },
-    device = { "string", "cpu" } },
+    device = { "string", "cpu" }, path = { "string", "auto" } },
 }
 
 local function dice(stream, index, n) return math.floor(C.halo_random_uniform(1, stream, index) * n) end
@@ -93,6 +95,7 @@ end
 --   `product_gflops` and the sizes
 -- @usage print(require("halo.bench").run("attention", { tokens = 4096 }))
 function M.run(o)
+  if o.path ~= "auto" then process.setenv("HALO_ATTENTION", o.path) end -- which family of kernels: auto, hopper, portable, general
   local comm = comms.self()
   local ring = rings.new { comm = comm }
   local layout = layouts.new { kind = "contiguous", tokens = o.tokens, block = o.block }
@@ -144,8 +147,8 @@ function M.run(o)
       ("%.2f x"):format(row.speedup) }
   end
   return bench.result(data, {
-    title = ("attention, %s on %s, %d tokens, %d/%d heads of %d, blocks of %d"):format(o.dtype, o.device, o.tokens,
-      o.heads, o.kv_heads, o.head_dim, o.block),
+    title = ("attention, %s on %s, %d tokens, %d/%d heads of %d, blocks of %d%s"):format(o.dtype, o.device,
+      o.tokens, o.heads, o.kv_heads, o.head_dim, o.block, o.path == "auto" and "" or ", " .. o.path),
     columns = { "plan", "kept", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s", "speed-up" },
     rows = lines,
     notes = { ("%s in the same run: %.1f GFLOP/s"):format(product_name, data.product_gflops) },
