@@ -194,42 +194,78 @@ template <int THREADS, class A> __device__ __forceinline__ A shared_sum(A x, int
   return x;
 }
 
-/* V elements from j on; what lies behind n, or is not wanted at all, is `fill`. */
+/* Sixteen bytes of a row as words: bf16 as an array would get a register for each. */
+template <class T> struct alignas(16) row_pack {
+  uint32_t word[4];
+};
 template <class T>
-__device__ __forceinline__ pack<T, lanes16<T>> read_pack(const T *x, int64_t j, int64_t n, bool is_aligned,
-                                                         T fill) {
-  pack<T, lanes16<T>> run;
-  if (is_aligned && j < n) return *(const pack<T, lanes16<T>> *)(x + j);
+__device__ __forceinline__ void unpack(acc_of<T> (&v)[lanes16<T>], const row_pack<T> &p) {
 #pragma unroll
-  for (int e = 0; e < lanes16<T>; e++) run.at[e] = j + e < n ? x[j + e] : fill;
-  return run;
+  for (int e = 0; e < lanes16<T>; e++) {
+    if constexpr (sizeof(T) == 2) {
+      v[e] = __uint_as_float(e % 2 ? p.word[e / 2] & 0xffff0000u : p.word[e / 2] << 16);
+    } else if constexpr (sizeof(T) == 4) {
+      v[e] = __uint_as_float(p.word[e]);
+    } else {
+      v[e] = __hiloint2double((int)p.word[2 * e + 1], (int)p.word[2 * e]);
+    }
+  }
+}
+template <class T>
+__device__ __forceinline__ void repack(row_pack<T> &p, const acc_of<T> (&v)[lanes16<T>]) {
+#pragma unroll
+  for (int e = 0; e < lanes16<T>; e++) {
+    if constexpr (sizeof(T) == 2) {
+      if (e % 2) continue;
+      const __nv_bfloat162 two = __floats2bfloat162_rn(v[e], v[e + 1]);
+      memcpy(&p.word[e / 2], &two, 4);
+    } else if constexpr (sizeof(T) == 4) {
+      p.word[e] = __float_as_uint(v[e]);
+    } else {
+      p.word[2 * e] = (uint32_t)__double2loint(v[e]);
+      p.word[2 * e + 1] = (uint32_t)__double2hiint(v[e]);
+    }
+  }
+}
+
+/* V elements from j on; what lies behind n is `fill`. */
+template <class T>
+__device__ __forceinline__ row_pack<T> read_pack(const T *x, int64_t j, int64_t n, bool is_aligned,
+                                                 acc_of<T> fill) {
+  row_pack<T> p;
+  if (is_aligned && j < n) return *(const row_pack<T> *)(x + j);
+  acc_of<T> v[lanes16<T>];
+#pragma unroll
+  for (int e = 0; e < lanes16<T>; e++) v[e] = j + e < n ? load(x[j + e]) : fill;
+  repack<T>(p, v);
+  return p;
 }
 template <class T>
 __device__ __forceinline__ void write_pack(T *y, int64_t j, int64_t n, bool is_aligned,
-                                           const pack<T, lanes16<T>> &run) {
+                                           const row_pack<T> &p) {
   if (is_aligned) {
-    if (j < n) *(pack<T, lanes16<T>> *)(y + j) = run;
+    if (j < n) *(row_pack<T> *)(y + j) = p;
     return;
   }
+  acc_of<T> v[lanes16<T>];
+  unpack<T>(v, p);
 #pragma unroll
   for (int e = 0; e < lanes16<T>; e++) {
-    if (j + e < n) y[j + e] = run.at[e];
+    if (j + e < n) y[j + e] = store<T>(v[e]);
   }
 }
 
 /* One row, in K packs per lane. */
 template <class T, int K, int THREADS>
-__device__ __forceinline__ void softmax_row(pack<T, lanes16<T>> (&x)[K], int lanes, bool is_log) {
+__device__ __forceinline__ void softmax_row(row_pack<T> (&x)[K], int lanes, bool is_log) {
   using acc = acc_of<T>;
   constexpr int V = lanes16<T>;
-  acc most = -limits<acc>::infinity();
+  acc v[V], most = -limits<acc>::infinity();
 #pragma unroll
   for (int k = 0; k < K; k++) {
+    unpack<T>(v, x[k]);
 #pragma unroll
-    for (int e = 0; e < V; e++) {
-      const acc v = load(x[k].at[e]);
-      most = v > most ? v : most;
-    }
+    for (int e = 0; e < V; e++) most = v[e] > most ? v[e] : most;
   }
   const acc m = shared_max<THREADS>(most, lanes), shift = m == -limits<acc>::infinity() ? (acc)0 : m;
   // Storage as wide as arithmetic keeps the exponentials, bf16 makes them twice.
@@ -237,48 +273,52 @@ __device__ __forceinline__ void softmax_row(pack<T, lanes16<T>> (&x)[K], int lan
   acc few = 0;
 #pragma unroll
   for (int k = 0; k < K; k++) {
+    unpack<T>(v, x[k]);
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc p = power<T>(load(x[k].at[e]) - shift);
-      few += p;
-      if (keeps) x[k].at[e] = store<T>(p);
+      v[e] = power<T>(v[e] - shift);
+      few += v[e];
     }
+    if (keeps) repack<T>(x[k], v);
   }
   const about<acc> a = about_of<acc>(m, shared_sum<THREADS>((double)few, lanes), is_log);
   const bool is_empty = a.shift == -limits<acc>::infinity();
 #pragma unroll
   for (int k = 0; k < K; k++) {
+    unpack<T>(v, x[k]);
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc v = load(x[k].at[e]);
-      x[k].at[e] = store<T>(keeps && !is_empty ? v * a.scale : softmax_value<T>(a, v, is_log));
+      v[e] = keeps && !is_empty ? v[e] * a.scale : softmax_value<T>(a, v[e], is_log);
     }
+    repack<T>(x[k], v);
   }
 }
 
 template <class T, int K, int THREADS>
-__device__ __forceinline__ void slope_row(pack<T, lanes16<T>> (&dy)[K], const pack<T, lanes16<T>> (&y)[K],
-                                          int lanes, bool is_log) {
+__device__ __forceinline__ void slope_row(row_pack<T> (&dy)[K], const row_pack<T> (&y)[K], int lanes,
+                                          bool is_log) {
   using acc = acc_of<T>;
   constexpr int V = lanes16<T>;
-  acc few = 0, most = -limits<acc>::infinity();
+  acc g[V], v[V], few = 0, most = -limits<acc>::infinity();
 #pragma unroll
   for (int k = 0; k < K; k++) {
+    unpack<T>(g, dy[k]);
+    unpack<T>(v, y[k]);
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      const acc g = load(dy[k].at[e]), p = load(y[k].at[e]);
-      few += is_log ? g : g * p;
-      most = p > most ? p : most;
+      few += is_log ? g[e] : g[e] * v[e];
+      most = v[e] > most ? v[e] : most;
     }
   }
   slope<acc> s = {(acc)shared_sum<THREADS>((double)few, lanes), 0};
   if (is_log) s.is_empty = shared_max<THREADS>(most, lanes) == -limits<acc>::infinity();
 #pragma unroll
   for (int k = 0; k < K; k++) {
+    unpack<T>(g, dy[k]);
+    unpack<T>(v, y[k]);
 #pragma unroll
-    for (int e = 0; e < V; e++) {
-      dy[k].at[e] = store<T>(slope_value<T>(s, load(dy[k].at[e]), load(y[k].at[e]), is_log));
-    }
+    for (int e = 0; e < V; e++) g[e] = slope_value<T>(s, g[e], v[e], is_log);
+    repack<T>(dy[k], g);
   }
 }
 
@@ -293,16 +333,16 @@ __global__ void __launch_bounds__(THREADS > 0 ? THREADS : 256)
   const int lanes = THREADS > 0 ? THREADS : group, side = THREADS > 0 ? 1 : 256 / group;
   const int lane = threadIdx.x % lanes;
   const int64_t first = (int64_t)blockIdx.x * (side * ROWS) + threadIdx.x / lanes;
-  const T none = store<T>(-limits<acc>::infinity()), zero = store<T>((acc)0);
-  pack<T, V> x[ROWS][K], saved[IS_SLOPE ? ROWS : 1][IS_SLOPE ? K : 1];
+  const acc none = -limits<acc>::infinity(), zero = 0;
+  row_pack<T> x[ROWS][K], saved[IS_SLOPE ? ROWS : 1][IS_SLOPE ? K : 1];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const int64_t o = first + r * side, there = o < outer ? n : 0;
 #pragma unroll
     for (int k = 0; k < K; k++) {
       const int64_t j = ((int64_t)k * lanes + lane) * V;
-      x[r][k] = read_pack(a + o * n, j, there, is_aligned, IS_SLOPE ? zero : none);
-      if constexpr (IS_SLOPE) saved[r][k] = read_pack(b + o * n, j, there, is_aligned, is_log ? none : zero);
+      x[r][k] = read_pack<T>(a + o * n, j, there, is_aligned, IS_SLOPE ? zero : none);
+      if constexpr (IS_SLOPE) saved[r][k] = read_pack<T>(b + o * n, j, there, is_aligned, is_log ? none : zero);
     }
   }
 #pragma unroll
@@ -312,7 +352,7 @@ __global__ void __launch_bounds__(THREADS > 0 ? THREADS : 256)
     const int64_t o = first + r * side, there = o < outer ? n : 0;
 #pragma unroll
     for (int k = 0; k < K; k++) {
-      write_pack(y + o * n, ((int64_t)k * lanes + lane) * V, there, is_aligned, x[r][k]);
+      write_pack<T>(y + o * n, ((int64_t)k * lanes + lane) * V, there, is_aligned, x[r][k]);
     }
   }
 }
