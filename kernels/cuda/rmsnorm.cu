@@ -9,8 +9,8 @@
  * gradient  dx is written, dw is added to (+=) in its own dtype
  * launch    forward: up to 256 packs a row is a warp's, who holds it in registers; wider rows are a
  *           block's. backward: a block keeps w and its part of dw in registers and walks over
- *           groups of rows, so that one barrier serves R rows; rows of up to 32 packs (heads) are
- *           a warp's. Partial rows of dw, one for each block, are added by sum_rows (linear.cu)
+ *           groups of rows, so that one barrier serves R rows; rows of up to 16 or 32 packs
+ *           (heads) are a half warp's or a warp's, several in flight. Partial rows of dw, one for each block, are added by sum_rows (linear.cu)
  * order     fixed by the sizes and the number of multiprocessors: on one kind of device equal inputs
  *           give equal bits
  * else      widths or strides without 16-byte packs, and rows of more than 1024 packs, take a path
@@ -40,6 +40,13 @@ template <int LANES, class A> __device__ __forceinline__ A row_sum(A x) {
   } else {
     return block_sum<LANES>(x);
   }
+}
+
+/* Sum over LANES neighbours of a warp, all of whose threads call it. */
+template <int LANES, class A> __device__ __forceinline__ A lanes_sum(A x) {
+#pragma unroll
+  for (int o = LANES / 2; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
 }
 
 /* ---- forward ------------------------------------------------------------------------------- */
@@ -84,6 +91,41 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+/* Rows of at most LANES packs (16 or 32), R of them in flight in LANES threads. */
+template <class T, int LANES, int R>
+__global__ void __launch_bounds__(THREADS)
+    forward_short(T *__restrict__ y, acc_of<T> *__restrict__ rstd, const T *__restrict__ x, int64_t ldx,
+                  const T *__restrict__ w, int64_t rows, int cols, double eps) {
+  using A = acc_of<T>;
+  constexpr int N = lanes16<T>, GROUPS = THREADS / LANES;
+  const int lane = threadIdx.x % LANES;
+  const int64_t first = (int64_t)blockIdx.x * GROUPS * R + threadIdx.x / LANES;
+  const bool is_in = lane < cols / N;
+  few<T, N> v[R] = {}, scale = {};
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int64_t row = first + i * GROUPS;
+    if (is_in && row < rows) v[i] = fetch<T, N>(x + row * ldx + lane * N);
+  }
+  if (is_in) scale = fetch<T, N>(w + lane * N);
+  A wv[N];
+  widen(wv, scale);
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int64_t row = first + i * GROUPS;
+    A a[N], sum = 0;
+    widen(a, v[i]);
+#pragma unroll
+    for (int k = 0; k < N; k++) sum += a[k] * a[k];
+    const A root = reciprocal_root(lanes_sum<LANES>(sum), cols, eps);
+    if (row >= rows) continue;
+    if (rstd != nullptr && lane == 0) rstd[row] = root;
+#pragma unroll
+    for (int k = 0; k < N; k++) a[k] = wv[k] * (a[k] * root);
+    if (is_in) put<T, N>(y + row * cols + lane * N, narrow<T, N>(a));
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     forward_any(T *__restrict__ y, acc_of<T> *__restrict__ rstd, const T *__restrict__ x, int64_t ldx,
@@ -112,8 +154,12 @@ halo_status run_forward(T *y, acc_of<T> *rstd, const T *x, int64_t ldx, const T 
   const int n = (int)cols;
   if (!multiples(N, {cols, ldx}) || !aligned(16, {y, x, w}) || packs > 8 * THREADS) {
     forward_any<T><<<(unsigned)rows, THREADS, 0, stream>>>(y, rstd, x, ldx, w, cols, eps);
+  } else if (packs <= 16) {
+    forward_short<T, 16, 4><<<blocks_for(rows, 4 * THREADS / 16), THREADS, 0, stream>>>(y, rstd, x, ldx, w, rows, n,
+                                                                                        eps);
   } else if (packs <= 32) {
-    forward<T, 32, 1><<<by_warp, THREADS, 0, stream>>>(y, rstd, x, ldx, w, rows, n, eps);
+    forward_short<T, 32, 4><<<blocks_for(rows, 4 * THREADS / 32), THREADS, 0, stream>>>(y, rstd, x, ldx, w, rows, n,
+                                                                                        eps);
   } else if (packs <= 128) {
     forward<T, 32, 4><<<by_warp, THREADS, 0, stream>>>(y, rstd, x, ldx, w, rows, n, eps);
   } else if (packs <= 256) {
@@ -237,18 +283,21 @@ __global__ void __launch_bounds__(B, resident<T, M> / B) backward(const backward
   }
 }
 
-/* Rows of at most 32 packs, one warp each, R at a time. */
-template <class T, int R> __global__ void __launch_bounds__(THREADS) backward_short(const backward_args<T> a) {
+/* Rows of at most LANES packs (16 or 32), R at a time in LANES threads. */
+template <class T, int LANES, int R>
+__global__ void __launch_bounds__(THREADS) backward_short(const backward_args<T> a) {
   using A = acc_of<T>;
-  constexpr int N = lanes16<T>, WARPS = THREADS / 32;
-  __shared__ A parts[WARPS][32 * N];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int N = lanes16<T>, GROUPS = THREADS / LANES;
+  __shared__ A parts[GROUPS][LANES * N];
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const bool is_in = lane < a.cols / N;
   few<T, N> w = {};
   A dw[N] = {};
   if (is_in) w = fetch<T, N>(a.w + lane * N);
-  const int64_t step = (int64_t)gridDim.x * WARPS * R;
-  for (int64_t first = ((int64_t)blockIdx.x * WARPS + warp) * R; first < a.rows; first += step) {
+  const int64_t step = (int64_t)gridDim.x * GROUPS * R;
+  const int64_t begin = (int64_t)blockIdx.x * GROUPS * R;
+  for (int64_t base = begin; base < a.rows; base += step) { // the same turns for all threads of a warp
+    const int64_t first = base + group * R;
     few<T, N> dy[R], x[R];
     A r[R];
 #pragma unroll
@@ -261,7 +310,7 @@ template <class T, int R> __global__ void __launch_bounds__(THREADS) backward_sh
 #pragma unroll
     for (int i = 0; i < R; i++) {
       const bool is_here = is_in && first + i < a.rows;
-      const A dot = warp_sum(is_here ? dot_part<T, N>(w, dy[i], x[i]) : (A)0);
+      const A dot = lanes_sum<LANES>(is_here ? dot_part<T, N>(w, dy[i], x[i]) : (A)0);
       if (!is_here) continue;
       const few<T, N> dx = gradient_part<T, N>(dw, w, dy[i], x[i], r[i], dot * r[i] * r[i] / (A)a.cols);
       if (a.dx != nullptr) put<T, N>(a.dx + (first + i) * a.cols + lane * N, dx);
@@ -269,12 +318,12 @@ template <class T, int R> __global__ void __launch_bounds__(THREADS) backward_sh
   }
   if (a.partial == nullptr) return;
 #pragma unroll
-  for (int k = 0; k < N; k++) parts[warp][lane * N + k] = dw[k];
+  for (int k = 0; k < N; k++) parts[group][lane * N + k] = dw[k];
   __syncthreads();
   for (int c = threadIdx.x; c < a.cols; c += THREADS) {
     A sum = 0;
 #pragma unroll
-    for (int k = 0; k < WARPS; k++) sum += parts[k][c];
+    for (int k = 0; k < GROUPS; k++) sum += parts[k][c];
     a.partial[(int64_t)blockIdx.x * a.cols + c] = sum;
   }
 }
@@ -309,13 +358,13 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* How the blocks of a backward are cut. */
-enum shape_kind { SHORT, ONE_64, ONE_128, ONE_256, TWO, FOUR, ANY };
+enum shape_kind { SHORT_16, SHORT_32, ONE_64, ONE_128, ONE_256, TWO, FOUR, ANY };
 
 template <class T> shape_kind kind_of(const backward_args<T> &a, int64_t cols) {
   constexpr int N = lanes16<T>;
   const int64_t packs = cols / N;
   if (!multiples(N, {cols, a.ldx}) || !aligned(16, {a.dx, a.dy, a.x, a.w}) || packs > 4 * THREADS) return ANY;
-  if (packs <= 32) return SHORT;
+  if (packs <= 32) return packs <= 16 ? SHORT_16 : SHORT_32;
   if (packs <= 64) return ONE_64;
   if (packs <= 128) return ONE_128;
   return packs <= 256 ? ONE_256 : packs <= 512 ? TWO : FOUR;
@@ -327,7 +376,8 @@ struct block_shape {
 };
 block_shape shape_of(shape_kind kind) {
   switch (kind) {
-  case SHORT: return {4 * THREADS / 32, THREADS};
+  case SHORT_16: return {4 * THREADS / 16, THREADS};
+  case SHORT_32: return {4 * THREADS / 32, THREADS};
   case ONE_64: return {4, 64};
   case ONE_128: return {4, 128};
   case ONE_256: return {4, 256};
@@ -340,7 +390,8 @@ block_shape shape_of(shape_kind kind) {
 template <class T> halo_status launch_backward(const backward_args<T> &a, shape_kind kind, unsigned blocks) {
   const cudaStream_t stream = halo__cuda_stream();
   switch (kind) {
-  case SHORT: backward_short<T, 4><<<blocks, THREADS, 0, stream>>>(a); break;
+  case SHORT_16: backward_short<T, 16, 4><<<blocks, THREADS, 0, stream>>>(a); break;
+  case SHORT_32: backward_short<T, 32, 4><<<blocks, THREADS, 0, stream>>>(a); break;
   case ONE_64: backward<T, 64, 1, 4><<<blocks, 64, 0, stream>>>(a); break;
   case ONE_128: backward<T, 128, 1, 4><<<blocks, 128, 0, stream>>>(a); break;
   case ONE_256: backward<T, 256, 1, 4><<<blocks, 256, 0, stream>>>(a); break;

@@ -23,7 +23,7 @@ constexpr int THREADS = 256, HEADS = 4;
 struct layout {
   int64_t items, tokens, heads, size, half, table_stride;
   int64_t stride[3];
-  divider by_pack, by_group;
+  divider by_pack, by_group, by_token;
 };
 
 /* No restrict: y may be x. Every element is read and written by one thread, the read first. */
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(THREADS)
   if (item >= l.items) return;
   const uint32_t line = l.by_pack.quotient(item), j = (item - line * l.by_pack.d) * N;
   const uint32_t row_here = l.by_group.quotient(line), h0 = (line - row_here * l.by_group.d) * HEADS;
-  const int64_t row = first_row + row_here; // batch * tokens + token
-  const int64_t b = row / l.tokens, p = row - b * l.tokens;
+  const uint32_t line_of_x = (uint32_t)first_row + row_here; // batch * tokens + token
+  const int64_t row = line_of_x, b = l.by_token.quotient(line_of_x), p = row - b * l.tokens;
   const T *from = x + b * l.stride[0] + p * l.stride[1] + h0 * l.stride[2] + j;
   T *to = y + (row * l.heads + h0) * l.size + j;
   few<T, N> lo[HEADS], hi[HEADS];
@@ -90,6 +90,7 @@ halo_status rotate_all(T *y, const T *x, const acc_of<T> *c, const acc_of<T> *s,
   HALO_TRY(rows_at_once(&most, packs * groups));
   l->by_pack = divider((uint32_t)packs);
   l->by_group = divider((uint32_t)groups);
+  l->by_token = divider((uint32_t)l->tokens);
   for (int64_t r = 0; r < rows; r += most) {
     l->items = (rows - r < most ? rows - r : most) * packs * groups;
     rotate<T, N><<<blocks_for(l->items, THREADS), THREADS, 0, halo__cuda_stream()>>>(y, x, c, s, *l, r,
@@ -152,6 +153,8 @@ halo_status halo_cuda_rope(halo_dtype t, void *y, const void *x, const int64_t *
                            const void *sin_table, int64_t table_stride, int64_t batch, int64_t tokens, int64_t heads,
                            int64_t size, int64_t half, double sign) {
   if (batch <= 0 || tokens <= 0 || heads <= 0 || size <= 0) return HALO_OK;
+  HALO_CHECK(batch * tokens < index_limit, HALO_EUNSUPPORTED, "rope: %lld tokens; fewer than 2^31 on cuda",
+             (long long)(batch * tokens));
   layout l = {};
   l.tokens = tokens;
   l.heads = heads;
