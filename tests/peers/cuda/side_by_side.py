@@ -47,7 +47,7 @@ def peers(script, *arguments):
 
 def halo(o, what, *arguments):
     text, problem = output_of([o.halo, "bench", what, *arguments, "--json"], 1800)
-    return (None, [{"name": "halo", "failed": problem}]) if problem else (json.loads(text), None)
+    return (None, [{"name": "halo", "failed": problem}]) if problem else (json.loads(text)["data"], None)
 
 
 def attention(o, tokens):
