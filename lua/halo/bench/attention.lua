@@ -95,7 +95,8 @@ end
 --   `product_gflops` and the sizes
 -- @usage print(require("halo.bench").run("attention", { tokens = 4096 }))
 function M.run(o)
-  if o.path ~= "auto" then process.setenv("HALO_ATTENTION", o.path) end -- which family of kernels: auto, hopper, portable, general
+  -- Which family of kernels: auto, hopper, portable, general.
+  if o.path ~= "auto" then process.setenv("HALO_ATTENTION", o.path) end
   local comm = comms.self()
   local ring = rings.new { comm = comm }
   local layout = layouts.new { kind = "contiguous", tokens = o.tokens, block = o.block }
