@@ -45,9 +45,6 @@ halo_status halo__attention_choose(halo__attention_path *out, const halo_attenti
   for (int path = 0; path < 3; path++) {
     if (wanted >= 0 && wanted != path) continue;
     if (!fits(path, a, is_backward)) continue;
-    // Not yet trusted to repeat itself: kernels/NOTES.md, "Attention backward, Hopper", deterministic.
-    const bool is_hopper_backward = is_backward && path == HALO__ATTENTION_HOPPER;
-    if (wanted < 0 && is_hopper_backward && a->deterministic) continue;
     *out = (halo__attention_path)path;
     return HALO_OK;
   }
