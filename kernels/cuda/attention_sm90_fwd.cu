@@ -25,6 +25,9 @@
  *           made again. S is kept until then. A row's first tile sets m to its maximum. Any m serves:
  *           o / l is the same and p's rounding to bf16 is relative. Without the 64 maxima, the shuffles and
  *           the rescaling: 675 to 794 TFLOP/s at 32K (with the turns gone), 663 to 691 at 128K.
+ * repeats   whether a row is a CTA's first or follows another depends on who took which ticket, and the two are
+ *           different code: no product there may be fused into an addition in one and not in the other
+ *           (__fmul_rn, and sums before products), or results differ in the last bit from run to run.
  * order     longest rows first; heads in sections whose K and V fit in half of L2, so that all CTAs of
  *           a time sweep the same keys.
  * numbers   a row that saw nothing: m = -inf, l = 0, o = 0; written out as out = 0, lse = -inf. State: m is
@@ -336,7 +339,7 @@ template <int D, int G> struct consumer {
       }
       float most = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2)) * a.scale_log2;
+      most = __fmul_rn(fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2)), a.scale_log2);
       factor[r] = most > m[r] ? exp2_fast(m[r] - most) : 1.0f;
       m[r] = fmaxf(m[r], most);
     }
@@ -439,7 +442,7 @@ template <int D, int G> struct consumer {
                   (int64_t)it.block * G + row;
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        to[8 * r] = l_end[r] > 0.0f ? m_end[r] * LN_2 + __logf(l_end[r]) : -INFINITY;
+        to[8 * r] = l_end[r] > 0.0f ? (m_end[r] + __log2f(l_end[r])) * LN_2 : -INFINITY;
       }
     }
   }
@@ -505,7 +508,7 @@ template <int D, int G> struct consumer {
       exponentials<true>(p, sum, sc, base);
       exponentials<false>(p, sum, sc, base);
 #pragma unroll
-      for (int r = 0; r < 2; r++) l[r] *= factor[r];
+      for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
       add_sums(sum);
     }
     if (is_running) {
@@ -572,7 +575,7 @@ template <int D, int G> struct consumer {
           read_state(it, o);
           rescale(o, factor);
 #pragma unroll
-          for (int r = 0; r < 2; r++) l[r] *= factor[r];
+          for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
         }
       }
       // NaN, where nothing was seen before, is not below the limit either.
@@ -584,7 +587,7 @@ template <int D, int G> struct consumer {
         exponentials<true>(p, sum, sc, base);
         exponentials<false>(p, sum, sc, base);
 #pragma unroll
-        for (int r = 0; r < 2; r++) l[r] *= factor[r];
+        for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
         rescale(o, factor);
       }
       add_sums(sum);

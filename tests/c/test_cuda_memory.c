@@ -186,7 +186,7 @@ static void what_is_offloaded_comes_back(void) {
     halo_offload_free(o[k]);
   }
   CHECK(halo_memory_live_bytes(HALO_CUDA, -1) == before);
-  CHECK_OK(halo_tensor_new(&t, HALO_F32, HALO_CUDA, 1, n)); // never fetched
+  CHECK_OK(halo_tensor_zeros(&t, HALO_F32, HALO_CUDA, 1, n)); // never fetched
   CHECK_OK(halo_offload_new(&o[0], t));
   CHECK_OK(halo_offload_prefetch(o[0]));
   halo_offload_free(o[0]);
