@@ -165,8 +165,9 @@ __device__ __forceinline__ void produce(const call &c, shared<D> &sm, const CUte
     if (lane_now() == 0) {
       sm.info[0] = {-1, LAST | NOTHING, 0};
       barrier_arrive(&sm.full_q[0]);
-      barrier_arrive(&sm.full_q[0]);
     }
+    __syncwarp();
+    barrier_arrive_warp(&sm.full_q[0], lane_now() == 0);
     return;
   }
   for (int32_t step = 0; more; step = step == STEPS - 1 ? 0 : step + 1) {
@@ -202,7 +203,7 @@ __device__ __forceinline__ void produce(const call &c, shared<D> &sm, const CUte
     more = w.next(c, batch, head_end, key_tile * KEYS / c.block);
     if (lane == 0 && !more) sm.info[q].flags |= LAST;
     __syncwarp();
-    if (lane == 0) barrier_arrive(&sm.full_q[q]);
+    barrier_arrive_warp(&sm.full_q[q], lane == 0);
   }
 }
 
@@ -442,7 +443,7 @@ template <int D> struct consumer {
     wgmma_wait<0>(); // dp, and dk of the tile before: its queries may go
     pin(dk);
     pin(dp);
-    if (!(flags & FIRST) && is_first_lane) barrier_arrive(&sm.empty_q[q_of(n + Q_STAGES - 1)]);
+    if (!(flags & FIRST)) barrier_arrive_warp(&sm.empty_q[q_of(n + Q_STAGES - 1)], is_first_lane);
     pin(p);
     wgmma_fence();
     multiply_onto<D>(dv, p, tile_at(sm.o[0], o_of(n)));
@@ -450,13 +451,13 @@ template <int D> struct consumer {
     store_ds(ds);
     fence_async();
     __syncwarp();
-    if (is_first_lane) barrier_arrive(&sm.full_ds);
+    barrier_arrive_warp(&sm.full_ds, is_first_lane);
     pin(ds);
     if (!IS_LAST) wait_q(next);
     wgmma_wait<0>(); // dv: its registers and gradients may go
     pin(dv);
     pin(p);
-    if (is_first_lane) barrier_arrive(&sm.empty_o[o_of(n)]);
+    barrier_arrive_warp(&sm.empty_o[o_of(n)], is_first_lane);
     if (!IS_LAST) start_scores(next);
     barrier_wait(&sm.full_ds, n & 1);
     wgmma_fence();
@@ -537,14 +538,14 @@ __global__ void __launch_bounds__(THREADS, 1)
   shared<D> &sm = *(shared<D> *)memory;
   if (threadIdx.x == 0) {
     barrier_init(&sm.full_kv, 1);
-    barrier_init(&sm.full_ds, 8);
+    barrier_init(&sm.full_ds, 8 * WARP_ARRIVES);
     for (int i = 0; i < Q_STAGES; i++) {
-      barrier_init(&sm.full_q[i], 2);  // the loads, and what the producer wrote itself
-      barrier_init(&sm.empty_q[i], 8); // a lane of each warp that multiplies
+      barrier_init(&sm.full_q[i], 1 + WARP_ARRIVES); // the loads, and what the producer wrote itself
+      barrier_init(&sm.empty_q[i], 8 * WARP_ARRIVES); // the warps that multiply
     }
     for (int i = 0; i < O_STAGES; i++) {
       barrier_init(&sm.full_o[i], 1);
-      barrier_init(&sm.empty_o[i], 8);
+      barrier_init(&sm.empty_o[i], 8 * WARP_ARRIVES);
     }
     barrier_init_done();
     if (ORDERED) sm.ticket = atomicAdd(c.ticket, 1);

@@ -165,7 +165,7 @@ __device__ __forceinline__ void plan(const arguments &a, shared_memory<D, G> &s,
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&s.row_full[to.index]);
+    barrier_arrive_warp(&s.row_full[to.index], lane == 0);
     to.next();
   }
 }
@@ -260,7 +260,7 @@ template <int D, int G> struct loader {
       const halo__span run = s.rows[row.index].run[lane];
       const int position = s.rows[row.index].position[lane];
       __syncwarp();
-      if (lane == 0) barrier_arrive(&s.row_free[row.index]);
+      barrier_arrive_warp(&s.row_free[row.index], lane == 0);
       row.next();
       load_q(it);
       if (it.n_tiles < 0) break;
@@ -308,7 +308,7 @@ template <int D, int G> struct consumer {
     wgmma_commit();
   }
   __device__ __forceinline__ void free_buffer(uint64_t *bar) {
-    if (lane == 0) barrier_arrive(bar);
+    barrier_arrive_warp(bar, lane == 0);
   }
 
   __device__ __forceinline__ void mask(float (&sc)[NS], int position) {
@@ -643,16 +643,16 @@ __global__ void __launch_bounds__(shape<D, G>::THREADS, shape<D, G>::PER_SM)
   shared_memory<D, G> &s = *(shared_memory<D, G> *)memory;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; i++) {
-      barrier_init(&s.row_full[i], 1);
-      barrier_init(&s.row_free[i], 1);
+      barrier_init(&s.row_full[i], WARP_ARRIVES);
+      barrier_init(&s.row_free[i], WARP_ARRIVES);
     }
     for (int i = 0; i < S::STAGES; i++) {
       barrier_init(&s.q_full[i], 1);
       barrier_init(&s.k_full[i], 1);
       barrier_init(&s.v_full[i], 1);
-      barrier_init(&s.q_free[i], 4 * S::GROUPS);
-      barrier_init(&s.k_free[i], 4 * S::GROUPS);
-      barrier_init(&s.v_free[i], 4 * S::GROUPS);
+      barrier_init(&s.q_free[i], 4 * S::GROUPS * WARP_ARRIVES);
+      barrier_init(&s.k_free[i], 4 * S::GROUPS * WARP_ARRIVES);
+      barrier_init(&s.v_free[i], 4 * S::GROUPS * WARP_ARRIVES);
     }
     barrier_init_done();
   }

@@ -466,7 +466,10 @@ static void check_case(const test_case *whole, const char *family, halo_dtype t,
   test_case c = *whole;
   static int64_t n_cases;
   if (check_thins_out(n_cases++)) return;
-  if (check_is_small() && c.N > 4 * c.G) c.N = c.N < 100 ? c.N : 4 * c.G + c.G / 3;
+  if (check_is_small() && c.N > 100) {
+    c.B = 1;
+    c.N = 3 * c.G + c.G / 3;
+  }
   setting s = open_setting(&c);
   if (serves(&s, family, t)) {
     for (int32_t rank = 0; rank < c.W; rank++) {

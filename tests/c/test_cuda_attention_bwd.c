@@ -127,7 +127,8 @@ static void compare(const char *what, const setting *s, const gradients *got, co
 /* A family asked for by name need not serve every block and head size. */
 static int is_served(setting *s, const char *family) {
   if (strcmp(family, "auto") == 0) return 1;
-  s->device.dq = on_device(NULL, s->n_rows * s->c.D * 4);
+  s->device.dq = on_device(NULL, s->n_rows * s->c.D * 4); // added to
+  CHECK_OK(cuda->zero(s->device.dq, s->n_rows * s->c.D * 4));
   s->device_keys.dk = poisoned(s->n_k * 4);
   s->device_keys.dv = poisoned(s->n_k * 4);
   s->device_keys.by_query = &s->all.device;
