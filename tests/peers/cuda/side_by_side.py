@@ -5,7 +5,7 @@ neither keeps memory from the other; the best of the rounds counts, for both. Wr
 every figure of every round and prints one table. A peer that cannot run says why in its row.
 
     python3 tests/peers/cuda/side_by_side.py attention --tokens 8192,32768
-    python3 tests/peers/cuda/side_by_side.py step --tokens 32768 --json step.json
+    python3 tests/peers/cuda/side_by_side.py step --tokens 32768,131072 --peers cudnn --rounds 1 --json step.json
 
 llm.c has no Python interface; its figures are taken from its own program where LLMC names its folder
 (train_gpt2cu beside gpt2_124M.bin), and are left out otherwise.
@@ -57,7 +57,8 @@ def attention(o, tokens):
         rows = [{"name": "halo " + r["name"], "fwd_ms": r["forward_ms"], "bwd_ms": r["backward_ms"],
                  "share": r["kept"] / 2, "fwd_tflops": r["forward_gflops"] / 1e3,
                  "bwd_tflops": r["backward_gflops"] / 1e3} for r in ours["rows"]]
-    return rows + peers("attention_peers.py", "--tokens", str(tokens), "--kept", str(o.kept))
+    return rows + peers("attention_peers.py", "--tokens", str(tokens), "--kept", str(o.kept), "--cases",
+                        o.peers or "flash,cudnn,flex,flex_sparse")
 
 
 def step(o, tokens):
@@ -67,7 +68,7 @@ def step(o, tokens):
         seconds = ours["best_seconds"]
         rows = [{"name": "halo", "seconds": seconds, "tokens_per_s": tokens / seconds,
                  "peak_gib": ours["peak_bytes"]["all"] / 2**30}]
-    for kind in ("cudnn", "flash"):
+    for kind in (o.peers or "cudnn,flash").split(","):
         rows += peers("train_peers.py", "--tokens", str(tokens), "--attention", kind, "--layers", str(o.layers),
                       "--steps", str(o.steps))
     return rows + llmc()
@@ -124,6 +125,7 @@ def main():
     options = argparse.ArgumentParser()
     options.add_argument("what", choices=COLUMNS)
     options.add_argument("--tokens", default="32768")
+    options.add_argument("--peers", help="some of flash, cudnn, and for attention flex, flex_sparse (default: all)")
     options.add_argument("--kept", type=float, default=0.05)
     options.add_argument("--layers", type=int, default=36)
     options.add_argument("--steps", type=int, default=2)
