@@ -467,8 +467,10 @@ static void check_case(const test_case *whole, const char *family, halo_dtype t,
   static int64_t n_cases;
   if (check_thins_out(n_cases++)) return;
   if (check_is_small() && c.N > 100) {
-    c.B = 1;
-    c.N = 3 * c.G + c.G / 3;
+    const int64_t group = c.H / c.Hk;
+    c.B = c.Hk = 1;
+    c.H = group < 4 ? group : 4;
+    c.N = 2 * c.G + c.G / 3;
   }
   setting s = open_setting(&c);
   if (serves(&s, family, t)) {

@@ -205,9 +205,9 @@ describe("golden models of Transformers", function()
       -- weights: between the fp64 run and the fp32 golden numbers that noise is up to 9.6e-5 already,
       -- and two fp32 programs differ by two such noises (up to 3.4e-4 seen, with another processor's BLAS;
       -- of other tensors one value projection, 1.5e-4). In fp64 every tensor meets 1e-4.
-      local function bound(name, dtype)
+      local function bound(parameter, dtype)
         if dtype == "f64" then return 1e-4 end
-        return name:find "k_proj.bias$" and 1e-3 or 3e-4
+        return parameter:find "k_proj.bias$" and 1e-3 or 3e-4
       end
 
       it("trains ten AdamW steps and generates as Transformers does", function()
