@@ -360,6 +360,7 @@ static halo_status open_columns(pass *x, int32_t here, bool is_backward, opened 
                              (p->n_patterns + 1) * (int64_t)sizeof *columns->offset));
   HALO_TRY(halo__plan_mirror(&c->token, p, x->device, columns->token,
                              n_columns * (int64_t)sizeof *columns->token));
+  c->n_slots = g->slot_offset[units];
   HALO_TRY(halo__plan_mirror(&c->slot_offset, p, x->device, g->slot_offset,
                              (units + 1) * (int64_t)sizeof *g->slot_offset));
   return halo__plan_mirror(&c->slot, p, x->device, g->slot,

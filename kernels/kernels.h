@@ -116,8 +116,9 @@ typedef struct halo_attention_columns {
   int64_t n_entries;
   const int64_t *token_offset;
   const int32_t *token;
-  const int64_t *slot_offset;
+  const int64_t *slot_offset; /* [B*H + 1] */
   const int32_t *slot;
+  int64_t n_slots; /* slot_offset[B*H] */
   const halo__rows *by_query;        /* query block -> runs of columns */
   const halo__rows *by_column;       /* its transpose in backward: row token_offset[pattern] + column
                                         -> runs of query blocks; NULL on the CPU */

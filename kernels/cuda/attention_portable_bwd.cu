@@ -15,6 +15,9 @@
  *           registers as operands of the next product. Two uses: dq alone, when sums must repeat
  *           (deterministic: 7 products instead of 5), and columns, whose gathered keys are listed by
  *           query: dk and dv of 64 columns are added to their entries in memory.
+ * by column deterministic columns: a CTA owns 128 columns of one head and meets the query tiles that see any
+ *           of them; dk and dv of each head's columns are written apart, then added to the entries head
+ *           after head; dq by query.
  * work      10 D flops a pair. By key and 64 x 128 pairs, D = 128: 608 KB of shared memory traffic, 4750
  *           cycles at 128 B; products some 4100 (mma.sync): traffic is the bound
  * source    FlashAttention-2 (arXiv 2307.08691) algorithm 2
@@ -135,9 +138,129 @@ template <int C> __device__ __forceinline__ void put2(uint32_t tile, int row, in
                : "memory");
 }
 
-/* ---- By key ------------------------------------------------------------------------------------- */
+/* ---- Scores of 64 queries and 128 keys, 32 x 32 a warp -------------------------------------------- */
 
 enum { WARPS = 8, THREADS = 32 * WARPS, KEYS = 128, QUERIES = 64 };
+
+/* Which keys a row of scores sees: open(row), then (n, e) for element e of columns 8 n and on. Here keys that
+ * lie side by side, `own` the position of this lane's first. */
+struct by_position {
+  const side &a;
+  int32_t u;
+  int64_t token; /* first of the tile's queries */
+  int32_t own;
+  bool is_partial;
+  int32_t from, to;
+
+  __device__ __forceinline__ void open(int row) {
+    from = 0;
+    to = INT32_MAX;
+    if (!is_partial) return;
+    from = a.first[u / a.H * a.first_stride + token + row] - own;
+    to = a.position[token + row] - own;
+  }
+  __device__ __forceinline__ bool operator()(int n, int e) const {
+    return !is_partial || (from <= 8 * n + e && 8 * n + e <= to);
+  }
+};
+
+/* Here columns, each at a place of its own: INT32_MAX where the query block does not see it. */
+struct by_token {
+  const side &a;
+  int32_t u;
+  int64_t token;
+  int2 at[4];
+  int32_t from, to;
+
+  __device__ __forceinline__ void open(int row) {
+    from = a.first[u / a.H * a.first_stride + token + row];
+    to = a.position[token + row];
+  }
+  __device__ __forceinline__ bool operator()(int n, int e) const {
+    const int32_t token = e == 0 ? at[n].x : at[n].y;
+    return from <= token && token <= to;
+  }
+};
+
+/* s = p = 2^(c s - lse), 0 where it is not seen; to shared memory as bf16. */
+template <class Seen>
+__device__ __forceinline__ void put_p(uint32_t p, float (&s)[2][4][4], const float *lse, int row0, int col0,
+                                      float c, Seen &seen) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const float from = base2(lse[row]);
+    seen.open(row);
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float &y = s[i / 2][n][i % 2 * 2 + e];
+        y = exp2_fast(fmaf(y, c, -from));
+        if (!seen(n, e)) y = 0;
+      }
+      put2<KEYS>(p, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]);
+    }
+  }
+}
+__device__ __forceinline__ void put_nothing(uint32_t p, int row0, int col0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      put2<KEYS>(p, row0 + i / 2 * 16 + i % 2 * 8 + lane / 4, col0 + 8 * n + lane % 4 * 2, 0, 0);
+    }
+  }
+}
+/* ds = p (dp - delta), to shared memory. */
+__device__ __forceinline__ void put_ds(uint32_t ds, const float (&p)[2][4][4], const float (&dp)[2][4][4],
+                                       const float *delta, int row0, int col0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const float d = delta[row];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const int e = i % 2 * 2;
+      put2<KEYS>(ds, row, col0 + 8 * n + lane % 4 * 2, p[i / 2][n][e] * (dp[i / 2][n][e] - d),
+                 p[i / 2][n][e + 1] * (dp[i / 2][n][e + 1] - d));
+    }
+  }
+}
+
+/* dk (times scale) and dv of the CTA's keys, rows `row0` and on: 32 x D/2 a warp. */
+template <int D>
+__device__ __forceinline__ void put_gradients(const keys &x, const float (&dk)[2][D / 16][4],
+                                              const float (&dv)[2][D / 16][4], int64_t row0, int n_keys,
+                                              float scale) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int key = warp / 2 * 32 + 16 * m + 8 * h + lane / 4;
+      if (key >= n_keys) continue;
+      const int64_t to = (row0 + key) * D + warp % 2 * (D / 2) + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < D / 16; n++) {
+        const float2 y = make_float2(dk[m][n][2 * h] * scale, dk[m][n][2 * h + 1] * scale);
+        const float2 z = make_float2(dv[m][n][2 * h], dv[m][n][2 * h + 1]);
+        if (x.parts == 1) {
+          *(float2 *)(x.dk + to + 8 * n) = y;
+          *(float2 *)(x.dv + to + 8 * n) = z;
+        } else {
+          add2(x.dk + to + 8 * n, y.x, y.y);
+          add2(x.dv + to + 8 * n, z.x, z.y);
+        }
+      }
+    }
+  }
+}
+
+/* ---- By key ------------------------------------------------------------------------------------- */
 
 /* 64 queries that meet the CTA's keys. */
 struct item {
@@ -272,47 +395,12 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
     if (sees) {
       multiply_rows<D>(s, q, row0, k, col0);
       multiply_rows<D>(t, grad, row0, v, col0); // before the exponentials: products enough to hide them
-      const int32_t position = is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
-        const float from = base2(lse[row]);
-        int32_t first = 0, last = INT32_MAX;
-        if (is_partial) {
-          first = a.first[now.u / a.H * a.first_stride + now.token + row] - position;
-          last = a.position[now.token + row] - position;
-        }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            float &y = s[i / 2][n][i % 2 * 2 + e];
-            y = exp2_fast(fmaf(y, c, -from));
-            if (is_partial && !(first <= 8 * n + e && 8 * n + e <= last)) y = 0;
-          }
-          put2<KEYS>(p, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]);
-        }
-      }
+      by_position seen = {a, now.u, now.token, is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0, is_partial};
+      put_p(p, s, lse, row0, col0, c, seen);
     } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-          put2<KEYS>(p, row0 + i / 2 * 16 + i % 2 * 8 + lane / 4, col0 + 8 * n + lane % 4 * 2, 0, 0);
-        }
-      }
+      put_nothing(p, row0, col0);
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
-      const float d = delta[row];
-#pragma unroll
-      for (int n = 0; n < 4; n++) {
-        const int e = i % 2 * 2;
-        put2<KEYS>(ds, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][e] * (t[i / 2][n][e] - d),
-                   s[i / 2][n][e + 1] * (t[i / 2][n][e + 1] - d));
-      }
-    }
+    put_ds(ds, s, t, delta, row0, col0);
     __syncthreads();
     multiply_columns<KEYS, D, QUERIES>(dv, p, warp / 2 * 32, grad, warp % 2 * (D / 2));
     if (HAS_DQ) {
@@ -348,27 +436,7 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
     now = next;
   }
 
-#pragma unroll
-  for (int m = 0; m < 2; m++) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int key = warp / 2 * 32 + 16 * m + 8 * h + lane / 4;
-      if (key >= n_keys) continue;
-      const int64_t to = ((int64_t)kv * a.T + key0 + key) * D + warp % 2 * (D / 2) + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < D / 16; n++) {
-        const float2 y = make_float2(dk[m][n][2 * h] * a.scale, dk[m][n][2 * h + 1] * a.scale);
-        const float2 z = make_float2(dv[m][n][2 * h], dv[m][n][2 * h + 1]);
-        if (x.parts == 1) {
-          *(float2 *)(x.dk + to + 8 * n) = y;
-          *(float2 *)(x.dv + to + 8 * n) = z;
-        } else {
-          add2(x.dk + to + 8 * n, y.x, y.y);
-          add2(x.dv + to + 8 * n, z.x, z.y);
-        }
-      }
-    }
-  }
+  put_gradients<D>(x, dk, dv, (int64_t)kv * a.T + key0, n_keys, a.scale);
 }
 
 /* ---- By query ----------------------------------------------------------------------------------- */
@@ -532,7 +600,7 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
         multiply(dq[0][m + 1], b, y[2], y[3]);
       }
     }
-    if (HAS_COLUMNS) { // one tile serves p and then ds
+    if (HAS_COLUMNS && x.dk != nullptr) { // one tile serves p and then ds
 #pragma unroll
       for (int i = 0; i < 16; i++) {
         put2<TOGETHER>(ds, row0 + i % 2 * 8 + lane / 4, i / 2 * 8 + lane % 4 * 2, s[0][i / 2][i % 2 * 2],
@@ -564,6 +632,128 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
       y.y += dq[0][i][2 * h + 1] * a.scale;
       *(float2 *)(to + 8 * i) = y;
     }
+  }
+}
+
+/* ---- By column, sums in a fixed order ------------------------------------------------------------- */
+
+/* The query tiles that see one column: its runs of blocks, `per` tiles each. */
+struct column_walk {
+  const halo__span *run, *end;
+  int32_t per;
+
+  /* The first from `from` on; INT32_MAX: none. */
+  __device__ __forceinline__ int32_t next(int32_t from) {
+    while (run != end && (run->first + run->count) * per <= from) run++;
+    return run == end ? INT32_MAX : max(run->first * per, from);
+  }
+};
+
+/* The tile that this thread's column wants next; the least of each warp's wishes goes to `wanted`. */
+__device__ __forceinline__ int32_t want(column_walk *w, int32_t from, int32_t *wanted) {
+  const int32_t mine = w->next(from), least = __reduce_min_sync(0xffffffffu, mine);
+  if (threadIdx.x < KEYS && threadIdx.x % 32 == 0) wanted[threadIdx.x / 32] = least;
+  return mine;
+}
+__device__ __forceinline__ int32_t least_of(const int32_t *wanted) {
+  return min(min(wanted[0], wanted[1]), min(wanted[2], wanted[3]));
+}
+
+/* dk and dv of 128 columns of one head, rows slot_offset[u] + column of x.dk and x.dv. A thread of the first
+ * 128 keeps one column's list; the CTA goes from tile to tile that any of them sees. */
+template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(side a, keys x, int32_t G) {
+  constexpr int TILE = QUERIES * D * 2;
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ int32_t token[2][KEYS], wanted[2][KEYS / 32];
+  const uint32_t k = shared_address(memory), v = k + KEYS * D * 2, stage0 = v + KEYS * D * 2;
+  const uint32_t p = stage0 + 4 * TILE, ds = p + QUERIES * KEYS * 2;
+  float *rows = (float *)(memory + 2 * KEYS * D * 2 + 4 * TILE + 2 * QUERIES * KEYS * 2);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int units = a.B * a.H, u = (int)blockIdx.x % units;
+  const int64_t pattern = a.pattern_of[u], first = (int64_t)((int)blockIdx.x / units) * KEYS;
+  const int64_t list = x.token_offset[pattern] + first, left = x.token_offset[pattern + 1] - list;
+  if (left <= 0) return;
+  const int n_keys = (int)(left < KEYS ? left : KEYS);
+  const int64_t slots = x.slot_offset[u] + first;
+
+  column_walk w = {nullptr, nullptr, G / QUERIES};
+  int32_t own = INT32_MAX;
+  if ((int)threadIdx.x < n_keys) {
+    w.run = x.run + x.offset[list + threadIdx.x];
+    w.end = x.run + x.offset[list + threadIdx.x + 1];
+    own = x.token[list + threadIdx.x];
+  }
+  int32_t mine = want(&w, 0, wanted[1]);
+  __syncthreads();
+  int32_t now = least_of(wanted[1]);
+  if (now != INT32_MAX) {
+    if (threadIdx.x < KEYS) token[0][threadIdx.x] = mine == now ? own : INT32_MAX;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
+      const int r = i / (D / 8), c = i % (D / 8);
+      const int64_t at = r < n_keys ? (int64_t)x.slot[slots + r] * D + 8 * c : 0;
+      copy16(tile_at<D>(k, r, c), x.k + at, r < n_keys);
+      copy16(tile_at<D>(v, r, c), x.v + at, r < n_keys);
+    }
+    fetch_item<D>(stage0, stage0 + TILE, shared_address(rows), a, item{u, (int64_t)now * QUERIES});
+  }
+  copies_commit();
+
+  float dk[2][D / 16][4], dv[2][D / 16][4];
+  clear(dk);
+  clear(dv);
+  const float c = a.scale * LOG2_E;
+  const int row0 = warp % 2 * 32, col0 = warp / 2 * 32;
+  for (int stage = 0; now != INT32_MAX; stage ^= 1) {
+    mine = want(&w, now + 1, wanted[stage]);
+    copies_wait<0>();
+    __syncthreads();
+    const uint32_t q = stage0 + stage * 2 * TILE, grad = q + TILE;
+    const float *lse = rows + stage * 2 * QUERIES, *delta = lse + QUERIES;
+    const int32_t next = least_of(wanted[stage]);
+    if (threadIdx.x < KEYS) token[stage ^ 1][threadIdx.x] = mine == next ? own : INT32_MAX;
+    if (next != INT32_MAX) {
+      fetch_item<D>(stage0 + (stage ^ 1) * 2 * TILE, stage0 + (stage ^ 1) * 2 * TILE + TILE,
+                    shared_address(rows) + (stage ^ 1) * 2 * QUERIES * 4, a, item{u, (int64_t)next * QUERIES});
+    }
+    copies_commit();
+
+    float s[2][4][4], t[2][4][4];
+    clear(s);
+    clear(t);
+    if (__any_sync(0xffffffffu, token[stage][col0 + lane] != INT32_MAX)) {
+      multiply_rows<D>(s, q, row0, k, col0);
+      multiply_rows<D>(t, grad, row0, v, col0);
+      by_token seen = {a, u, (int64_t)now * QUERIES};
+#pragma unroll
+      for (int n = 0; n < 4; n++) seen.at[n] = *(const int2 *)&token[stage][col0 + 8 * n + lane % 4 * 2];
+      put_p(p, s, lse, row0, col0, c, seen);
+    } else {
+      put_nothing(p, row0, col0);
+    }
+    put_ds(ds, s, t, delta, row0, col0);
+    __syncthreads();
+    multiply_columns<KEYS, D, QUERIES>(dv, p, warp / 2 * 32, grad, warp % 2 * (D / 2));
+    multiply_columns<KEYS, D, QUERIES>(dk, ds, warp / 2 * 32, q, warp % 2 * (D / 2));
+    now = next;
+  }
+  put_gradients<D>(x, dk, dv, slots, n_keys, a.scale);
+}
+
+/* Rows of the j-th head of every group, as column_backward left them in x.dk and x.dv, are added to their
+ * entries: a head has an entry once, and the heads of a group come in turn. */
+template <int D> __global__ void add_columns(side a, keys x, float *dk, float *dv, int32_t j) {
+  const int groups = a.B * a.Hk, kv = (int)blockIdx.x % groups;
+  const int u = kv / a.Hk * a.H + kv % a.Hk * (a.H / a.Hk) + j;
+  const int64_t first = x.slot_offset[u], n = (x.slot_offset[u + 1] - first) * (D / 4);
+  const int64_t stride = (int64_t)gridDim.x / groups * blockDim.x;
+  for (int64_t i = (int64_t)((int)blockIdx.x / groups) * blockDim.x + threadIdx.x; i < n; i += stride) {
+    const int64_t row = first + i / (D / 4), from = row * D + i % (D / 4) * 4;
+    const int64_t to = (int64_t)x.slot[row] * D + i % (D / 4) * 4;
+    const float4 y = *(const float4 *)(x.dk + from), z = *(const float4 *)(x.dv + from);
+    float4 k = *(const float4 *)(dk + to), v = *(const float4 *)(dv + to);
+    *(float4 *)(dk + to) = make_float4(k.x + y.x, k.y + y.y, k.z + y.z, k.w + y.w);
+    *(float4 *)(dv + to) = make_float4(v.x + z.x, v.y + z.y, v.z + z.z, v.w + z.w);
   }
 }
 
@@ -606,6 +796,30 @@ halo_status run_tiles(const halo_attention_queries *a, const halo_attention_tile
   return run_queries<D>(s, keys_of(t, t->by_query, 1), G);
 }
 
+keys columns_of(const halo_attention_columns *c, const halo__rows *rows, float *dk, float *dv) {
+  return {(const bf16 *)c->k, (const bf16 *)c->v, nullptr, rows->offset, rows->run, dk, dv, 1,
+          c->token_offset, c->slot_offset, c->token, c->slot};
+}
+
+template <int D>
+halo_status run_fixed_columns(const halo_attention_queries *a, const halo_attention_columns *c) {
+  const side s = side_of(a, nullptr);
+  const int64_t rows = c->by_column->n_rows, most = rows < c->n_entries ? rows : c->n_entries;
+  float *part = nullptr;
+  HALO_TRY(halo__alloc((void **)&part, 2 * c->n_slots * D * (int64_t)sizeof *part, HALO_CUDA));
+  const keys x = columns_of(c, c->by_column, part, part + c->n_slots * D);
+  halo_status status = launch("attention_portable backward by column", column_backward<D>,
+                              (most + KEYS - 1) / KEYS * s.B * s.H, THREADS, key_shared<D>(), s, x,
+                              (int32_t)a->block);
+  for (int32_t j = 0; status == HALO_OK && j < s.H / s.Hk; j++) {
+    status = launch("attention_portable columns added", add_columns<D>, (int64_t)s.B * s.Hk * 64, 256, 0, s, x,
+                    (float *)c->dk, (float *)c->dv, j);
+  }
+  halo__free(part);
+  HALO_TRY(status);
+  return run_queries<D>(s, columns_of(c, c->by_query, nullptr, nullptr), (int32_t)a->block);
+}
+
 } // namespace
 
 halo_status halo__portable_bwd(const halo_attention_queries *a, const halo_attention_tiles *keys) {
@@ -617,13 +831,12 @@ halo_status halo__portable_bwd(const halo_attention_queries *a, const halo_atten
 
 halo_status halo__portable_columns_bwd(const halo_attention_queries *a,
                                        const halo_attention_columns *c) {
-  if (a->deterministic) return halo__general_columns_bwd(a, c); // additions here come in any order
   const int64_t bytes = c->n_entries * a->head_size * 4;
   HALO_TRY(halo_cuda_zero(c->dk, bytes));
   HALO_TRY(halo_cuda_zero(c->dv, bytes));
+  const bool is_128 = a->head_size == 128;
+  if (a->deterministic) return is_128 ? run_fixed_columns<128>(a, c) : run_fixed_columns<64>(a, c);
   const side s = side_of(a, nullptr);
-  const keys x = {(const bf16 *)c->k, (const bf16 *)c->v, nullptr, c->by_query->offset, c->by_query->run,
-                  (float *)c->dk, (float *)c->dv, 1, c->token_offset, c->slot_offset, c->token, c->slot};
-  return a->head_size == 128 ? run_queries<128>(s, x, (int32_t)a->block)
-                             : run_queries<64>(s, x, (int32_t)a->block);
+  const keys x = columns_of(c, c->by_query, (float *)c->dk, (float *)c->dv);
+  return is_128 ? run_queries<128>(s, x, (int32_t)a->block) : run_queries<64>(s, x, (int32_t)a->block);
 }

@@ -121,8 +121,9 @@ function M.run(self)
     return ("%s %.1f ms (%.1f%%)"):format(name, 1e3 * split[name], 100 * split[name] / traced_mean)
   end
   return bench.result(result, {
-    title = ("Training step: %s, T = %d, B = %d%s%s"):format(tostring(self.model), o.tokens, o.batch,
-      o.recompute and ", blocks recomputed" or "", o.offload and ", block inputs in host memory" or ""),
+    title = ("Training step: %s, T = %d, B = %d%s%s%s"):format(tostring(self.model), o.tokens, o.batch,
+      o.recompute and ", blocks recomputed" or "", o.offload and ", block inputs in host memory" or "",
+      o.deterministic and ", deterministic" or ""),
     columns = { "op", "calls", "ms", "share", "TFLOP/s", "GB/s" }, rows = lines_of(rows),
     notes = {
       ("step: median of %d %.1f ms (%.1f with spans timed); %.0f tokens/s; loss %.4f"):format(o.steps, 1e3 * step,

@@ -257,6 +257,7 @@ static void open_columns(const job *j, halo_attention_columns *columns, halo__ro
       .n_entries = g->n_entries,
       .token_offset = mirror(j, all->offset, (n_patterns + 1) * 8),
       .token = mirror(j, all->token, all->offset[n_patterns] * 4),
+      .n_slots = g->slot_offset[units],
       .slot_offset = mirror(j, g->slot_offset, (units + 1) * 8),
       .slot = mirror(j, g->slot, g->slot_offset[units] * 4),
       .by_query = &rows[0], .by_column = &rows[1]};

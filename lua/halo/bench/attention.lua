@@ -3,7 +3,8 @@
 -- One rank, N(0,1) inputs. Flops are those of the tiles and columns that are computed, 4 D a pair forward
 -- and 10 D backward; kept is the share of causal pairs. The yardstick is a product, plain BLAS on 1024^3 in
 -- fp32 or, on a GPU, `ops.matmul` on 8192^3 in the dtype measured, the three cases and it taking turns. On a
--- GPU `path=portable` (hopper, general) measures one family of kernels instead of the device's own choice.
+-- GPU `path=portable` (hopper, general) measures one family of kernels instead of the device's own choice, and
+-- `deterministic=true` what recipes get unless they say otherwise: sums in a fixed order.
 local attention = require "halo.attention"
 local bench = require "halo.bench"
 local comms = require "halo.comm"
@@ -23,7 +24,8 @@ local M = {
   summary = "dense and sparse attention, forward and backward",
   options = { tokens = { "int", 8192 }, heads = { "int", 12 }, kv_heads = { "int", 12 }, head_dim = { "int", 64 },
     block = { "int", 64 }, kept = { "number", 0.1 }, repeats = { "int", 3 }, dtype = { "string", "f32" },
-    device = { "string", "cpu" }, path = { "string", "auto" } },
+    device = { "string", "cpu" }, path = { "string", "auto" },
+    deterministic = { "boolean", false } },
 }
 
 local function dice(stream, index, n) return math.floor(C.halo_random_uniform(1, stream, index) * n) end
@@ -97,6 +99,7 @@ end
 function M.run(o)
   -- Which family of kernels: auto, hopper, portable, general.
   if o.path ~= "auto" then process.setenv("HALO_ATTENTION", o.path) end
+  C.halo_set_deterministic(o.deterministic and 1 or 0)
   local comm = comms.self()
   local ring = rings.new { comm = comm }
   local layout = layouts.new { kind = "contiguous", tokens = o.tokens, block = o.block }
@@ -148,8 +151,9 @@ function M.run(o)
       ("%.2f x"):format(row.speedup) }
   end
   return bench.result(data, {
-    title = ("attention, %s on %s, %d tokens, %d/%d heads of %d, blocks of %d%s"):format(o.dtype, o.device,
-      o.tokens, o.heads, o.kv_heads, o.head_dim, o.block, o.path == "auto" and "" or ", " .. o.path),
+    title = ("attention, %s on %s, %d tokens, %d/%d heads of %d, blocks of %d%s%s"):format(o.dtype, o.device,
+      o.tokens, o.heads, o.kv_heads, o.head_dim, o.block, o.path == "auto" and "" or ", " .. o.path,
+      o.deterministic and ", deterministic" or ""),
     columns = { "plan", "kept", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s", "speed-up" },
     rows = lines,
     notes = { ("%s in the same run: %.1f GFLOP/s"):format(product_name, data.product_gflops) },

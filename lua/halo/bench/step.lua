@@ -15,6 +15,7 @@
 --
 -- halo bench step                                        124 M parameters on the CPU
 -- halo bench step device=cuda model=qwen2.5-3b tokens=32768
+-- halo bench step device=cuda deterministic=true         sums in a fixed order, as recipes have them by default
 local args = require "halo.args"
 local attending = require "halo.attending"
 local bench = require "halo.bench"
@@ -34,7 +35,7 @@ local M = {
   options = { model = { "string", "gpt2-124m" }, device = { "string", "cpu" }, layers = "int?", width = "int?",
     heads = "int?", kv_heads = "int?", head_dim = "int?", ffn = "int?", vocab = "int?", batch = "int?",
     tokens = "int?", steps = { "int", 3 }, recompute = "boolean?", offload = { "boolean", false },
-    dtype = "string?", lr = { "number", 3e-4 } },
+    dtype = "string?", lr = { "number", 3e-4 }, deterministic = { "boolean", false } },
 }
 
 local shapes = {
@@ -166,6 +167,7 @@ function M.prepare(o)
   o = complete(o)
   devices.require(o.device, 0)
   memory.reset_peak(o.device)
+  require("halo.ffi").C.halo_set_deterministic(o.deterministic and 1 or 0)
   local self = { o = o, step = step_once, model = build(o) }
   self.optimizer = optim.adamw(self.model.parameters, { decay = 0.1 })
   self.attend = attending.dense(self.model.config, nil, o.device)
