@@ -4,11 +4,14 @@
  *   ds = p (scale dp - scale delta)              dk += ds^T q       dq += ds k
  *
  * shapes    q, grad strided [B,T,H,D] bf16; k, v [B,Hk,T,D] bf16; lse, delta [B,H,T] fp32, lse natural and
- *           -inf for a row that saw nothing (its p is 0); D = 64 or 128; blocks of 128 tokens or a multiple
+ *           -inf for a row that saw nothing (its p is 0); D = 64 or 128; blocks of 64 or 128 tokens or a
+ *           multiple of 128
  * gradient  dk, dv fp32 [B,Hk,T,D] are written (=), exact zeros where nothing met; dq fp32 [B,H,T,D], rows
  *           as they are, is added to (+=)
  * lists     by_key: row pattern * n_blocks + key block -> runs of query blocks. A partial run is tested
- *           token by token: first[t] <= position_k[u] <= position_q[t]
+ *           token by token: first[t] <= position_k[u] <= position_q[t]. Of blocks of 64 a CTA owns two, one a
+ *           warpgroup, and walks their lists together (not in a fixed order: that is left to the portable
+ *           kernels)
  * work      10 * 64 * 128 * D flops a step (64 queries of one head meet 128 keys), five products
  *
  * A CTA owns 128 keys of one key/value head and meets, head after head of its group, the query tiles of its
@@ -56,7 +59,8 @@ typedef __nv_bfloat16 bf16;
 constexpr int QUERIES = 64, KEYS = 128, THREADS = 384;
 constexpr int Q_STAGES = 3, O_STAGES = 2, STEPS = 12; /* STEPS: both rings come round */
 enum { BAR_FULL = 2, BAR_EMPTY = 4 };                 /* and the next: one for each warpgroup */
-enum { PARTIAL = 1, LAST = 2, NOTHING = 4, FIRST = 8 };
+/* Where keys are two blocks of 64, PARTIAL and UNSEEN are of the keys of warpgroup 0, << 1 of warpgroup 1. */
+enum { PARTIAL = 1, LAST = 4, NOTHING = 8, FIRST = 16, UNSEEN = 32 };
 constexpr float NOT_SEEN = -1e30f; /* instead of -inf - lse: 2^ of it is 0, and 0 times it as well */
 constexpr uint64_t EVICT_LAST = 0x14F0000000000000; /* as l2_evict_last gives it, without registers */
 
@@ -95,14 +99,23 @@ template <int D> struct alignas(1024) shared {
 
 /* ---- Warp 0: the list ---------------------------------------------------------------------------- */
 
+/* Read here and not kept: what is computed from it needs no register for a whole loop. */
+__device__ __forceinline__ int lane_now() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 /* The query tiles of one CTA, head after head. */
 struct walk {
+  static constexpr bool IS_PAIR = false;
   const halo__span *at;
   int32_t runs, head, tile, left, partial;
 
   __device__ __forceinline__ explicit walk(int32_t head)
       : at(nullptr), runs(0), head(head - 1), tile(0), left(0), partial(0) {}
 
+  __device__ __forceinline__ int32_t flags() const { return partial ? PARTIAL : 0; }
   __device__ __forceinline__ bool next(const call &c, int32_t batch, int32_t head_end, int32_t key_block) {
     if (left > 1) {
       left--;
@@ -126,12 +139,53 @@ struct walk {
   }
 };
 
-/* Read here and not kept: what is computed from it needs no register for a whole loop. */
-__device__ __forceinline__ int lane_now() {
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-}
+/* The same where the keys are two blocks of 64: even lanes walk the first one's list, odd lanes the
+ * second's, together. A tile that only one of them meets is the other's to mask. */
+struct pair_walk {
+  static constexpr bool IS_PAIR = true;
+  const halo__span *at;
+  int32_t runs, head, tile, left, partial;
+  int32_t own; // tile of this lane's list, INT32_MAX at its end
+
+  __device__ __forceinline__ explicit pair_walk(int32_t head)
+      : at(nullptr), runs(0), head(head - 1), tile(INT32_MAX), left(0), partial(0), own(INT32_MAX) {}
+
+  __device__ __forceinline__ int32_t flags() const {
+    const uint32_t seen = __ballot_sync(0xffffffffu, own == tile);
+    const uint32_t cut = __ballot_sync(0xffffffffu, own == tile && partial);
+    return (int32_t)(cut & 3) * PARTIAL | (int32_t)(~seen & 3) * UNSEEN;
+  }
+  __device__ __forceinline__ void take_run() {
+    own = INT32_MAX;
+    if (runs == 0) return;
+    own = at->first;
+    left = at->count;
+    partial = at->partial != 0;
+    at++;
+    runs--;
+  }
+  __device__ __forceinline__ bool next(const call &c, int32_t batch, int32_t head_end, int32_t key_block) {
+    if (own == tile && own != INT32_MAX) {
+      if (--left > 0) own++;
+      else take_run();
+    }
+    for (;;) {
+      __syncwarp();
+      tile = min(own, __shfl_xor_sync(0xffffffffu, own, 1));
+      if (tile != INT32_MAX) return true;
+      if (++head >= head_end) return false;
+      const int32_t block = key_block + (lane_now() & 1);
+      runs = 0;
+      if (block < c.n_blocks) {
+        const int64_t row = (int64_t)c.pattern_of[batch * c.n_heads + head] * c.n_blocks + block;
+        const int64_t from = c.key_offset[row];
+        runs = (int32_t)(c.key_offset[row + 1] - from);
+        at = c.key_run + from;
+      }
+      take_run();
+    }
+  }
+};
 
 /* How many key tiles after this one the query tile meets. */
 __device__ __forceinline__ int32_t tiles_after(const call &c, int32_t unit, int32_t query_tile,
@@ -155,11 +209,11 @@ __device__ __forceinline__ uint4 parts_of(float x) {
   return make_uint4(pack_bf16(high, middle), pack_bf16(rest - middle, 0), 0, 0);
 }
 
-template <int D, bool ORDERED>
+template <int D, bool ORDERED, class WALK>
 __device__ __forceinline__ void produce(const call &c, shared<D> &sm, const CUtensorMap *map_q,
                                         const CUtensorMap *map_o, int32_t batch, int32_t key_tile,
                                         int32_t head, int32_t head_end) {
-  walk w(head);
+  WALK w(head);
   bool more = w.next(c, batch, head_end, key_tile * KEYS / c.block);
   if (!more) {
     if (lane_now() == 0) {
@@ -187,7 +241,8 @@ __device__ __forceinline__ void produce(const call &c, shared<D> &sm, const CUte
     }
     __syncwarp();
     const int32_t row = (batch * c.n_heads + w.head) * c.T + token;
-    if (w.partial) {
+    const int32_t flags = w.flags();
+    if (flags != 0) {
       *(int2 *)&sm.position[q][2 * lane] = *(const int2 *)(c.position_q + token + 2 * lane);
       *(int2 *)&sm.first[q][2 * lane] = *(const int2 *)(c.first + batch * c.first_stride + token + 2 * lane);
     }
@@ -199,7 +254,7 @@ __device__ __forceinline__ void produce(const call &c, shared<D> &sm, const CUte
     sm.delta[q][2 * lane + 1] = parts_of(-delta.y);
     fence_async();
     const int32_t rank = ORDERED ? tiles_after(c, batch * c.n_heads + w.head, w.tile, key_tile) : 0;
-    if (lane == 0) sm.info[q] = {row, w.partial ? PARTIAL : 0, rank};
+    if (lane == 0) sm.info[q] = {row, flags, rank};
     more = w.next(c, batch, head_end, key_tile * KEYS / c.block);
     if (lane == 0 && !more) sm.info[q].flags |= LAST;
     __syncwarp();
@@ -331,7 +386,7 @@ __device__ __forceinline__ void multiply_onto(float (&d)[D / 2], const uint32_t 
   wgmma_commit();
 }
 
-template <int D> struct consumer {
+template <int D, bool IS_PAIR> struct consumer {
   const call &c;
   shared<D> &sm;
   const int32_t key_tile;
@@ -370,7 +425,12 @@ template <int D> struct consumer {
   __device__ __forceinline__ void mask() {
     const int q = q_of(n), column = thread % 4 * 2;
     const int32_t *position = c.position_k + key_tile * KEYS + key_row();
-    const int position0 = position[0], position1 = position[8];
+    int position0, position1;
+    if (IS_PAIR && (flags >> w & UNSEEN)) { // keys that no query sees
+      position0 = position1 = -1;
+    } else {
+      position0 = position[0], position1 = position[8];
+    }
 #pragma unroll
     for (int i = 0; i < QUERIES / 8; i++) {
       const int2 at = *(const int2 *)&sm.position[q][8 * i + column];
@@ -437,7 +497,7 @@ template <int D> struct consumer {
     const int next = after(n);
     const bool is_first_lane = thread % 32 == 0;
     pin(s);
-    if (flags & PARTIAL) mask();
+    if (IS_PAIR ? flags >> w & (PARTIAL | UNSEEN) : flags & PARTIAL) mask();
     exponentials();
     pack_rows(p, s);
     wgmma_wait<0>(); // dp, and dk of the tile before: its queries may go
@@ -498,9 +558,9 @@ __device__ __forceinline__ void put_gradient(float *to, const float (&x)[D / 2],
   }
 }
 
-template <int D>
+template <int D, bool IS_PAIR>
 __device__ __forceinline__ void consume(const call &c, shared<D> &sm, int32_t key_tile, int32_t group) {
-  consumer<D> it(c, sm, key_tile);
+  consumer<D, IS_PAIR> it(c, sm, key_tile);
   barrier_wait(&sm.full_kv, 0);
   barrier_wait(&sm.full_q[0], 0);
   it.flags = sm.info[0].flags;
@@ -521,6 +581,7 @@ __device__ __forceinline__ void consume(const call &c, shared<D> &sm, int32_t ke
     if (it.thread == 0) sm.dq_info[it.w] = {-1, NOTHING, 0};
     named_arrive(BAR_FULL + it.w, 160);
   }
+  if (IS_PAIR && key_tile * KEYS + it.w * 64 >= c.T) return; // an odd number of blocks of 64
   const int64_t at = ((int64_t)group * c.T + key_tile * KEYS + it.key_row()) * D + it.thread % 4 * 2;
   put_gradient<D>(c.dk + at, it.dk, c.n_split > 1);
   put_gradient<D>(c.dv + at, it.dv, c.n_split > 1);
@@ -528,7 +589,7 @@ __device__ __forceinline__ void consume(const call &c, shared<D> &sm, int32_t ke
 
 /* ---- The kernel --------------------------------------------------------------------------------------- */
 
-template <int D, bool ORDERED>
+template <int D, bool ORDERED, class WALK>
 __global__ void __launch_bounds__(THREADS, 1)
     backward(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_o,
              const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
@@ -577,7 +638,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     registers_drop<D == 128 ? 24 : 56>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
-      produce<D, ORDERED>(c, sm, &map_q, &map_o, group / c.n_kv_heads, key_tile, head, head_end);
+      produce<D, ORDERED, WALK>(c, sm, &map_q, &map_o, group / c.n_kv_heads, key_tile, head, head_end);
     } else if (warp == 3) {
       load_keys<D>(sm, &map_k, &map_v, group * c.T + key_tile * KEYS);
     } else {
@@ -585,7 +646,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
   } else {
     registers_raise<D == 128 ? 240 : 224>();
-    consume<D>(c, sm, key_tile, group);
+    consume<D, WALK::IS_PAIR>(c, sm, key_tile, group);
   }
 #endif
 }
@@ -629,7 +690,7 @@ call call_of(const halo_attention_queries *a, const halo_attention_tiles *keys) 
   c.n_groups = (int32_t)(a->n_batch * a->n_kv_heads);
   c.n_blocks = (int32_t)a->n_blocks;
   c.block = (int32_t)a->block;
-  c.n_tiles = c.T / KEYS;
+  c.n_tiles = (c.T + KEYS - 1) / KEYS;
   deal(&c, a);
   c.scale = (float)a->scale;
   c.inverse_scale = (float)(1 / a->scale);
@@ -637,7 +698,7 @@ call call_of(const halo_attention_queries *a, const halo_attention_tiles *keys) 
   return c;
 }
 
-template <int D, bool ORDERED>
+template <int D, bool ORDERED, class WALK>
 halo_status launch(const halo_attention_queries *a, const halo_attention_tiles *keys, const call &c) {
   const int64_t T = c.T, B = a->n_batch, H = a->n_heads, Hk = a->n_kv_heads;
   CUtensorMap q, o, k, v, dq;
@@ -652,10 +713,10 @@ halo_status launch(const halo_attention_queries *a, const halo_attention_tiles *
   HALO_TRY(tensor_map(&v, HALO_BF16, keys->v, 2, size_k, k_stride, box_k));
   HALO_TRY(tensor_map(&dq, HALO_F32, a->dq, 2, size_dq, dq_stride, box_dq));
   const int bytes = (int)sizeof(shared<D>);
-  HALO_CUDA_TRY(cudaFuncSetAttribute(backward<D, ORDERED>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     bytes));
+  HALO_CUDA_TRY(cudaFuncSetAttribute(backward<D, ORDERED, WALK>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int64_t ctas = (int64_t)c.n_tiles * c.n_groups * c.n_split;
-  backward<D, ORDERED><<<(unsigned)ctas, THREADS, bytes, halo__cuda_stream()>>>(q, o, k, v, dq, c);
+  backward<D, ORDERED, WALK><<<(unsigned)ctas, THREADS, bytes, halo__cuda_stream()>>>(q, o, k, v, dq, c);
   HALO_LAUNCHED("attention_sm90_bwd");
   return HALO_OK;
 }
@@ -665,7 +726,7 @@ halo_status launch(const halo_attention_queries *a, const halo_attention_tiles *
 bool halo__sm90_bwd_fits(const halo_attention_queries *a) {
   const halo__cuda_properties *device = halo__cuda_device();
   bool good = device->major == 9 && a->dtype == HALO_BF16 && (a->head_size == 64 || a->head_size == 128) &&
-              a->block % KEYS == 0 && a->n_parts == 1 &&
+              (a->block % KEYS == 0 || (a->block == 64 && !a->deterministic)) && a->n_parts == 1 &&
               (int64_t)a->n_batch * a->n_heads * a->block * a->n_blocks < INT32_MAX &&
               (uintptr_t)a->q % 16 == 0 && (uintptr_t)a->grad % 16 == 0;
   for (int i = 0; i < 3; i++) good = good && a->q_stride[i] % 8 == 0 && a->grad_stride[i] % 8 == 0;
@@ -682,13 +743,20 @@ halo_status halo__sm90_bwd(const halo_attention_queries *a, const halo_attention
     HALO_CUDA_TRY(cudaMemsetAsync(c.dv, 0, bytes, stream));
   }
   const bool is_128 = a->head_size == 128;
-  if (!a->deterministic) return is_128 ? launch<128, false>(a, keys, c) : launch<64, false>(a, keys, c);
+  if (a->block == 64) {
+    return is_128 ? launch<128, false, pair_walk>(a, keys, c) : launch<64, false, pair_walk>(a, keys, c);
+  }
+  if (!a->deterministic) {
+    return is_128 ? launch<128, false, walk>(a, keys, c) : launch<64, false, walk>(a, keys, c);
+  }
   const int64_t turns = a->n_batch * a->n_heads * c.T / QUERIES * 2;
   HALO_TRY(halo__alloc((void **)&c.turn, (turns + 1) * (int64_t)sizeof *c.turn, HALO_CUDA));
   c.ticket = c.turn + turns;
   const cudaError_t error = cudaMemsetAsync(c.turn, 0, (size_t)(turns + 1) * sizeof *c.turn, stream);
   halo_status status = error == cudaSuccess ? HALO_OK : halo__cuda_error(error, "cudaMemsetAsync");
-  if (status == HALO_OK) status = is_128 ? launch<128, true>(a, keys, c) : launch<64, true>(a, keys, c);
+  if (status == HALO_OK) {
+    status = is_128 ? launch<128, true, walk>(a, keys, c) : launch<64, true, walk>(a, keys, c);
+  }
   halo__free(c.turn);
   return status;
 }
