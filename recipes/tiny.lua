@@ -43,7 +43,7 @@ return recipe "tiny" {
   optim = adamw { lr = warmup(1.5e-3, { steps = 50 }), betas = { 0.9, 0.95 }, decay = 0.1, clip = 1.0 },
 
   stages = {
-    stage { name = "look up", context = 512, tokens = 0.45*M, batch = 2,
+    stage { name = "look up", context = 512, tokens = 0.7*M, batch = 2,
       data = { sources = { hidden = { length = { 150, 270 }, questions = { 2, 4 } } } } },
     stage { name = "512", context = 512, tokens = 0.45*M, batch = 2,
       data = { sources = { hidden = { length = { 150, 512 } } } }, lr = 1.5e-3 },
