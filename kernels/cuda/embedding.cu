@@ -3,16 +3,19 @@
  *   y_i = w[id_i]              dw[id_i] += dy_i
  *
  * shapes    w, dw [V,E]; ids [n]; y, dy [n,E]; all contiguous
- * gradient  without atomics on numbers: token positions are sorted by id (stable, CUB's radix sort), the
- *           sorted list is cut into pieces of equal length, and a block walks one piece:
+ * gradient  without atomics on numbers: token positions are sorted by id (stable), the sorted list is cut
+ *           into pieces of equal length, and a block walks one piece:
  *
  *             sorted ids   | 3 3 7 7 | 7 7 7 7 | 7 9 9 12 |        pieces of 4
  *                            ---       open      open ---
  *
  *           Runs of one id inside a piece are summed in registers and added to dw by the only block that
  *           knows them. A run that crosses pieces leaves one partial row in each; a second kernel
- *           adds those in order. Pieces depend on n alone, so equal inputs give equal bits, and a token
- *           that fills the whole batch (padding) is still summed by many blocks.
+ *           adds those in a fixed order. Pieces depend on n alone, so equal inputs give equal bits, and a
+ *           token that fills the whole batch (padding) is still summed by many blocks.
+ * sort      up to 49152 tokens: tiles of 2048 by a block each (CUB's block sort), then every token counts
+ *           the tokens before it in all other tiles by halving, all keys at hand in shared memory: two
+ *           launches, 16 us for 32K tokens where CUB's radix sort takes 50 us. More tokens: CUB's
  * numbers   sums in the arithmetic type, added to dw once: with dw in bf16 that rounds once a
  *           call, where the CPU rounds once a token
  * errors    an id outside [0,V): the forward reports it and writes zeros, the gradient leaves it out
@@ -20,6 +23,7 @@
  *           and written once per distinct id
  * twin      kernels/cpu/embedding.c
  */
+#include <cub/block/block_radix_sort.cuh>
 #include <cub/device/device_radix_sort.cuh>
 
 #include "vector.cuh"
@@ -73,7 +77,31 @@ halo_status gather(void *y, const void *w, const int32_t *i32, const int64_t *i6
 
 /* ---- gradient ------------------------------------------------------------------------------ */
 
-constexpr int THREADS = 128, MAX_PIECE = 1024, AHEAD = 8;
+/* Four short kernels in a row: on Hopper each is launched while the one before it still runs, and waits for
+ * its end here, before it reads anything ("programmatic dependent launch" in CUDA's programming guide). */
+__device__ __forceinline__ void after_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+template <class... P, class... Q> halo_status
+launch_early(const char *name, void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, Q... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = (size_t)shared;
+  config.stream = halo__cuda_stream();
+  config.attrs = &attribute;
+  config.numAttrs = halo__cuda_device()->major >= 9 ? 1 : 0;
+  HALO_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, (P)args...));
+  return halo__cuda_launched(name);
+}
+
+constexpr int THREADS = 128, MAX_PIECE = 1024, MIN_PIECE = 32, AHEAD = 8, RUN_PIECES = 8;
 
 /* Key of a position: its id, or `vocab` for an id that is not one, which sorts behind all others. */
 __global__ void sort_keys(uint32_t *__restrict__ key, int32_t *__restrict__ position, const int32_t *i32,
@@ -85,28 +113,7 @@ __global__ void sort_keys(uint32_t *__restrict__ key, int32_t *__restrict__ posi
   position[i] = (int32_t)i;
 }
 
-template <class TW, int N>
-__device__ __forceinline__ void add_to_row(TW *row, const acc_of<TW> (&sum)[N]) {
-  acc_of<TW> a[N];
-  const few<TW, N> old = fetch<TW, N>(row);
-  widen(a, old);
-#pragma unroll
-  for (int k = 0; k < N; k++) a[k] += sum[k];
-  put<TW, N>(row, narrow<TW, N>(a));
-}
-
-/* Elements of a column chunk handled by one thread: packs of N of dy, in dw and in partial rows as
- * several accesses of at most 16 bytes. */
-template <class T, int N> __device__ __forceinline__ void add_sums(T *row, const acc_of<T> (&sum)[N]) {
-  constexpr int M = N < lanes16<T> ? N : lanes16<T>;
-#pragma unroll
-  for (int j = 0; j < N; j += M) {
-    acc_of<T> part[M];
-#pragma unroll
-    for (int k = 0; k < M; k++) part[k] = sum[j + k];
-    add_to_row<T, M>(row + j, part);
-  }
-}
+/* Sums of a column chunk to a partial row, in accesses of at most 16 bytes. */
 template <class A, int N> __device__ __forceinline__ void write_sums(A *row, const A (&sum)[N]) {
   constexpr int M = N < lanes16<A> ? N : lanes16<A>;
 #pragma unroll
@@ -128,6 +135,7 @@ __global__ void __launch_bounds__(THREADS)
   using A = acc_of<T>;
   __shared__ uint32_t keys[MAX_PIECE + 2]; // one before and one after the piece
   __shared__ int32_t from[MAX_PIECE];
+  after_the_kernel_before();
   const int64_t start = (int64_t)blockIdx.x * length;
   const int count = (int)(n - start < length ? n - start : length);
   for (int i = threadIdx.x; i < count + 2; i += THREADS) {
@@ -142,9 +150,15 @@ __global__ void __launch_bounds__(THREADS)
   bool is_open = keys[0] == keys[1]; // the run came from the piece before
   for (int i0 = 0; i0 < count; i0 += AHEAD) {
     few<T, N> v[AHEAD];
+    few<TW, N> old[AHEAD]; // rows of dw that a run of this piece alone ends at
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-      if (i0 + u < count && keys[i0 + u + 1] < vocab) v[u] = fetch<T, N>(dy + (int64_t)from[i0 + u] * cols + c);
+      const int i = i0 + u;
+      if (i >= count || keys[i + 1] >= vocab) continue;
+      v[u] = fetch<T, N>(dy + (int64_t)from[i] * cols + c);
+      if (keys[i + 2] != keys[i + 1] && keys[i + 1] != keys[0]) {
+        old[u] = fetch<TW, N>(dw + (int64_t)keys[i + 1] * cols + c);
+      }
     }
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
@@ -161,7 +175,11 @@ __global__ void __launch_bounds__(THREADS)
       } else if (goes_on) {
         write_sums<A, N>(partial + ((int64_t)blockIdx.x * 2 + 1) * cols + c, sum);
       } else {
-        add_sums<TW, N>(dw + (int64_t)keys[i + 1] * cols + c, sum);
+        acc_of<TW> w[N];
+        widen(w, old[u]);
+#pragma unroll
+        for (int k = 0; k < N; k++) w[k] += sum[k];
+        put<TW, N>(dw + (int64_t)keys[i + 1] * cols + c, narrow<TW, N>(w));
       }
       is_open = false;
 #pragma unroll
@@ -170,33 +188,81 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-/* The run that begins in piece blockIdx.x and goes on: its rows in the pieces, added in order. */
-template <class A, class TW>
+/* The last piece of the run that begins in this piece and goes on, 0 if none does: the run ends in the last
+ * piece that begins with its id; keys are sorted, so that is found by halving. */
+__device__ __forceinline__ int64_t run_end(const uint32_t *__restrict__ key, int64_t piece, int64_t n,
+                                           int length, uint32_t vocab, int64_t pieces) {
+  const int64_t start = piece * length, end = start + length;
+  if (end >= n) return 0;
+  const uint32_t id = key[end - 1];
+  if (id >= vocab || key[end] != id) return 0;
+  if (start > 0 && key[start] == id && key[start - 1] == id) return 0; // began before
+  int64_t last = piece + 1, step = 1; // most runs are short: steps that double, then halve
+  while (last + step < pieces && key[(last + step) * length] == id) {
+    last += step;
+    step *= 2;
+  }
+  for (; step > 0; step /= 2) {
+    if (last + step < pieces && key[(last + step) * length] == id) last += step;
+  }
+  return last;
+}
+
+/* Runs that begin in RUN_PIECES pieces and go on: every warp adds some of their rows in the pieces, in an
+ * order that depends on their number alone. */
+template <class A, class TW, int N>
 __global__ void __launch_bounds__(THREADS)
     sum_runs(TW *__restrict__ dw, const A *__restrict__ partial, const uint32_t *__restrict__ key, int64_t n,
              int length, uint32_t vocab, int64_t pieces, int64_t cols) {
-  const int64_t piece = blockIdx.x, start = piece * length, end = start + length;
-  if (end >= n) return;
-  const uint32_t id = key[end - 1];
-  if (id >= vocab || key[end] != id) return;
-  if (start > 0 && key[start] == id && key[start - 1] == id) return; // began before
-  // The run ends in the last piece that begins with its id: keys are sorted, so it is found by halving.
-  int64_t last = piece + 1;
-  for (int64_t beyond = pieces; beyond - last > 1;) {
-    const int64_t middle = last + (beyond - last) / 2;
-    if (key[middle * length] == id) {
-      last = middle;
-    } else {
-      beyond = middle;
-    }
+  constexpr int WARPS = THREADS / 32;
+  __shared__ int64_t ends[RUN_PIECES];
+  __shared__ A part[WARPS][32][N];
+  after_the_kernel_before();
+  const int64_t first = (int64_t)blockIdx.x * RUN_PIECES;
+  bool is_one = false;
+  if (threadIdx.x < RUN_PIECES) {
+    ends[threadIdx.x] = run_end(key, first + threadIdx.x, n, length, vocab, pieces);
+    is_one = ends[threadIdx.x] != 0;
   }
-  const int64_t c = (int64_t)blockIdx.y * THREADS + threadIdx.x;
-  if (c >= cols) return;
-  A sum = partial[(piece * 2 + 1) * cols + c];
-#pragma unroll 8
-  for (int64_t p = piece + 1; p <= last; p++) sum += partial[p * 2 * cols + c];
-  TW *target = dw + (int64_t)id * cols + c;
-  *target = store<TW>((acc_of<TW>)(load(*target) + sum));
+  if (!__syncthreads_or(is_one)) return;
+  const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  const int64_t c = ((int64_t)blockIdx.y * 32 + lane) * N;
+  for (int64_t piece = first; piece < first + RUN_PIECES; piece++) {
+    const int64_t last = ends[piece - first];
+    if (last == 0) continue;
+    A sum[N] = {};
+    for (int64_t p0 = piece + warp; c < cols && p0 <= last; p0 += WARPS * AHEAD) {
+      few<A, N> v[AHEAD];
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        const int64_t p = p0 + u * WARPS;
+        if (p <= last) v[u] = fetch<A, N>(partial + (p * 2 + (p == piece ? 1 : 0)) * cols + c);
+      }
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        if (p0 + u * WARPS > last) continue;
+#pragma unroll
+        for (int k = 0; k < N; k++) sum[k] += value(v[u], k);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) part[warp][lane][k] = sum[k];
+    __syncthreads();
+    if (warp == 0 && c < cols) {
+      TW *target = dw + (int64_t)key[(piece + 1) * length] * cols + c;
+      acc_of<TW> w[N];
+      widen(w, fetch<TW, N>(target));
+#pragma unroll
+      for (int i = 1; i < WARPS; i++) {
+#pragma unroll
+        for (int k = 0; k < N; k++) sum[k] += part[i][lane][k];
+      }
+#pragma unroll
+      for (int k = 0; k < N; k++) w[k] += sum[k];
+      put<TW, N>(target, narrow<TW, N>(w));
+    }
+    __syncthreads();
+  }
 }
 
 /* Device memory of one gradient. */
@@ -211,16 +277,101 @@ struct workspace {
   }
 };
 
+/* ---- order of the tokens ------------------------------------------------------------------- */
+
+constexpr int TILE_THREADS = 256, TILE_ITEMS = 8, TILE = TILE_THREADS * TILE_ITEMS, DIGIT_BITS = 6;
+constexpr int MERGE_THREADS = 1024, MERGE_MOST = 24 * TILE; // 192 KB of keys
+constexpr int MERGE_TOGETHER = 4;                           // threads that look for the place of one token
+
+/* Tile blockIdx.x of positions in order of their keys. */
+__global__ void __launch_bounds__(TILE_THREADS)
+    sort_tiles(uint32_t *__restrict__ key, int32_t *__restrict__ position, const int32_t *i32,
+               const int64_t *i64, int n, int64_t vocab, int bits) {
+  after_the_kernel_before(); // lets the next one in
+  using sort = cub::BlockRadixSort<uint32_t, TILE_THREADS, TILE_ITEMS, int32_t, DIGIT_BITS>;
+  __shared__ typename sort::TempStorage room;
+  const int start = blockIdx.x * TILE;
+  uint32_t k[TILE_ITEMS];
+  int32_t at[TILE_ITEMS];
+#pragma unroll
+  for (int u = 0; u < TILE_ITEMS; u++) {
+    at[u] = start + (int)threadIdx.x * TILE_ITEMS + u;
+    const int64_t id = at[u] < n ? id_at(i32, i64, at[u]) : -1;
+    k[u] = at[u] >= n ? UINT32_MAX : (uint32_t)(id >= 0 && id < vocab ? id : vocab);
+  }
+  sort(room).SortBlockedToStriped(k, at, 0, bits);
+#pragma unroll
+  for (int u = 0; u < TILE_ITEMS; u++) {
+    const int i = start + u * TILE_THREADS + (int)threadIdx.x;
+    if (i < n) {
+      key[i] = k[u];
+      position[i] = at[u];
+    }
+  }
+}
+
+/* A token's place is the number of tokens before it in every tile: those of smaller key, and in tiles that
+ * come before its own those of equal key. All keys are in shared memory. */
+__global__ void __launch_bounds__(MERGE_THREADS)
+    merge_tiles(uint32_t *__restrict__ key_out, int32_t *__restrict__ position_out,
+                const uint32_t *__restrict__ key, const int32_t *__restrict__ position, int n) {
+  extern __shared__ uint32_t all_keys[];
+  after_the_kernel_before();
+  const int tiles = (n + TILE - 1) / TILE;
+  const int i = (int)(blockIdx.x * (MERGE_THREADS / MERGE_TOGETHER) + threadIdx.x / MERGE_TOGETHER);
+  const int32_t at = i < n ? position[i] : 0;
+  for (int p = (int)threadIdx.x; p < tiles * TILE / 4; p += MERGE_THREADS) {
+    uint4 k = {UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX};
+    if (p * 4 + 3 < n) {
+      k = ((const uint4 *)key)[p];
+    } else {
+      if (p * 4 < n) k.x = key[p * 4];
+      if (p * 4 + 1 < n) k.y = key[p * 4 + 1];
+      if (p * 4 + 2 < n) k.z = key[p * 4 + 2];
+    }
+    ((uint4 *)all_keys)[p] = k;
+  }
+  __syncthreads();
+  const int own = i / TILE;
+  const uint32_t mine = i < n ? all_keys[i] : 0;
+  int place = 0;
+#pragma unroll 2
+  for (int t = (int)threadIdx.x % MERGE_TOGETHER; t < tiles; t += MERGE_TOGETHER) {
+    const uint32_t *tile = all_keys + t * TILE, below = mine + (t < own ? 1 : 0); // keys < below come before
+    int lo = 0;
+#pragma unroll
+    for (int step = TILE / 2; step > 0; step /= 2) lo += tile[lo + step - 1] < below ? step : 0;
+    place += t == own ? i % TILE : lo + (tile[lo] < below ? 1 : 0);
+  }
+#pragma unroll
+  for (int o = 1; o < MERGE_TOGETHER; o *= 2) place += __shfl_xor_sync(0xffffffffu, place, o);
+  if (i < n && threadIdx.x % MERGE_TOGETHER == 0) {
+    key_out[place] = mine;
+    position_out[place] = at;
+  }
+}
+
 halo_status sort_positions(workspace *ws, const int32_t *i32, const int64_t *i64, int64_t n, int64_t vocab) {
   const cudaStream_t stream = halo__cuda_stream();
   HALO_TRY(halo__alloc((void **)&ws->key, n * 4, HALO_CUDA));
   HALO_TRY(halo__alloc((void **)&ws->key_in, n * 4, HALO_CUDA));
   HALO_TRY(halo__alloc((void **)&ws->position, n * 4, HALO_CUDA));
   HALO_TRY(halo__alloc((void **)&ws->position_in, n * 4, HALO_CUDA));
-  sort_keys<<<blocks_for(n, 256), 256, 0, stream>>>(ws->key_in, ws->position_in, i32, i64, n, vocab);
-  HALO_LAUNCHED("embedding_bwd, keys");
   int bits = 1;
   while (bits < 32 && (vocab >> bits) != 0) bits++; // keys reach `vocab` itself
+  const int64_t tiles = (n + TILE - 1) / TILE, bytes_of_keys = tiles * TILE * 4;
+  if (n <= MERGE_MOST && bytes_of_keys <= halo__cuda_device()->shared_bytes) {
+    sort_tiles<<<(unsigned)tiles, TILE_THREADS, 0, stream>>>(ws->key_in, ws->position_in, i32, i64, (int)n,
+                                                             vocab, bits);
+    HALO_LAUNCHED("embedding_bwd, tiles");
+    HALO_CUDA_TRY(
+        cudaFuncSetAttribute(merge_tiles, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes_of_keys));
+    return launch_early("embedding_bwd, merge", merge_tiles, blocks_for(n, MERGE_THREADS / MERGE_TOGETHER),
+                        MERGE_THREADS, bytes_of_keys, ws->key, ws->position, ws->key_in, ws->position_in,
+                        (int)n);
+  }
+  sort_keys<<<blocks_for(n, 256), 256, 0, stream>>>(ws->key_in, ws->position_in, i32, i64, n, vocab);
+  HALO_LAUNCHED("embedding_bwd, keys");
   size_t bytes = 0;
   HALO_CUDA_TRY(cub::DeviceRadixSort::SortPairs(nullptr, bytes, ws->key_in, ws->key, ws->position_in,
                                                 ws->position, (int)n, 0, bits, stream));
@@ -234,27 +385,23 @@ template <class T, class TW>
 halo_status gradient(void *dw, const void *dy, const workspace &ws, int64_t n, int64_t vocab, int64_t cols,
                      int length) {
   using A = acc_of<T>;
-  constexpr int N = lanes16<T>;
+  constexpr int N = lanes16<TW>;
   const int64_t pieces = (n + length - 1) / length;
-  const bool is_wide = multiples(N, {cols}) && aligned(16, {dy, dw});
-  const int64_t per_block = (is_wide ? N : 1) * (int64_t)THREADS;
+  const bool is_wide = multiples(N, {cols}) && aligned(16, {dw}) && aligned(N * sizeof(T), {dy});
+  constexpr int M = lanes16<A>; // of partial rows
+  const int64_t per_block = (is_wide ? N : 1) * (int64_t)THREADS,
+                per_run_block = (is_wide ? M : 1) * (int64_t)32;
   const dim3 blocks((unsigned)pieces, blocks_for(cols, per_block));
-  const dim3 run_blocks((unsigned)pieces, blocks_for(cols, THREADS));
-  const cudaStream_t stream = halo__cuda_stream();
-  HALO_CHECK(run_blocks.y < 65536, HALO_EUNSUPPORTED, "embedding: gradient of %lld columns; at most %d on cuda",
-             (long long)cols, 65535 * THREADS);
-  if (is_wide) {
-    sum_pieces<T, TW, N><<<blocks, THREADS, 0, stream>>>((TW *)dw, (A *)ws.partial, (const T *)dy, ws.key,
-                                                         ws.position, n, length, (uint32_t)vocab, cols);
-  } else {
-    sum_pieces<T, TW, 1><<<blocks, THREADS, 0, stream>>>((TW *)dw, (A *)ws.partial, (const T *)dy, ws.key,
-                                                         ws.position, n, length, (uint32_t)vocab, cols);
-  }
-  HALO_LAUNCHED("embedding_bwd");
-  sum_runs<A, TW><<<run_blocks, THREADS, 0, stream>>>((TW *)dw, (const A *)ws.partial, ws.key, n, length,
-                                                      (uint32_t)vocab, pieces, cols);
-  HALO_LAUNCHED("embedding_bwd, runs");
-  return HALO_OK;
+  const dim3 run_blocks(blocks_for(pieces, RUN_PIECES), blocks_for(cols, per_run_block));
+  HALO_CHECK(blocks.y < 65536 && run_blocks.y < 65536, HALO_EUNSUPPORTED,
+             "embedding: gradient of %lld columns; at most %d on cuda", (long long)cols, 65535 * 32);
+  HALO_TRY(launch_early("embedding_bwd", is_wide ? sum_pieces<T, TW, N> : sum_pieces<T, TW, 1>, blocks,
+                        THREADS, 0, (TW *)dw, (A *)ws.partial, (const T *)dy, ws.key, ws.position, n, length,
+                        (uint32_t)vocab, cols));
+  if (pieces == 1) return HALO_OK;
+  return launch_early("embedding_bwd, runs", is_wide ? sum_runs<A, TW, M> : sum_runs<A, TW, 1>, run_blocks,
+                      THREADS, 0, (TW *)dw, (const A *)ws.partial, ws.key, n, length, (uint32_t)vocab, pieces,
+                      cols);
 }
 
 } // namespace
@@ -278,10 +425,11 @@ halo_status halo_cuda_embedding_bwd(halo_dtype tw, void *dw, halo_dtype t, const
              (long long)n, (long long)vocab);
   // About a thousand pieces, so that all multiprocessors have some and partial rows stay few.
   int64_t length = (n + 1023) / 1024;
-  length = length < 32 ? 32 : length > MAX_PIECE ? MAX_PIECE : length;
+  length = length < MIN_PIECE ? MIN_PIECE : length > MAX_PIECE ? MAX_PIECE : length;
   const int64_t pieces = (n + length - 1) / length;
   workspace ws;
-  HALO_TRY(sort_positions(&ws, ti == HALO_I32 ? (const int32_t *)ids : nullptr, (const int64_t *)ids, n, vocab));
+  HALO_TRY(
+      sort_positions(&ws, ti == HALO_I32 ? (const int32_t *)ids : nullptr, (const int64_t *)ids, n, vocab));
   HALO_TRY(halo__alloc(&ws.partial, pieces * 2 * cols * (t == HALO_F64 ? 8 : 4), HALO_CUDA));
   HALO_REAL(t, T, {
     if (tw == t) return (gradient<T, T>(dw, dy, ws, n, vocab, cols, (int)length));

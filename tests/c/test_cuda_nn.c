@@ -328,6 +328,12 @@ static void test_embedding(void) {
     if (s[0] / s[3] < 100) embedding_case(HALO_BF16, HALO_BF16, HALO_I32, s[0], s[1], s[2], s[3]);
   }
   embedding_case(HALO_BF16, HALO_F32, HALO_I64, 40000, 999, 264, 999); // pieces longer than the shortest
+  // One tile of the sort, one token more, as many as are merged, one token more, all of one id, beyond 16 bits.
+  static const int64_t tokens[][3] = {{2048, 300, 300}, {2049, 300, 300}, {49152, 70, 70}, {49153, 70, 70}, {6000, 9, 1},
+                                      {30000, 151936, 151936}};
+  for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k++) {
+    embedding_case(HALO_BF16, HALO_F32, k % 2 == 0 ? HALO_I64 : HALO_I32, tokens[k][0], tokens[k][1], 8, tokens[k][2]);
+  }
 }
 
 static void test_bad_token(void) {
