@@ -213,7 +213,8 @@ end
 function Job:validation_batch(rows, first) return self.data:validation_batch(self:cut(first or 0, rows)) end
 
 -- Forward and backward of one micro-batch. The sum of losses and the number of labels here, both weighted
--- where the data weighs its labels, are added to `totals` (f64 [2]) on the device: nothing waits for it.
+-- where the data weighs its labels, are added to `totals` (f64 [2]) on the device, and nobody waits for them
+-- (the loss itself reads its labels and the losses of its rows on the host).
 function Job:micro_step(step, micro, totals)
   local asked = progress.clock()
   local batch = self:batch(step, micro)
