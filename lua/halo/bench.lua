@@ -40,6 +40,14 @@ function M.get(name)
   return require("halo.bench." .. name)
 end
 
+--- The middle one of some numbers; of an even count the lower of the two.
+-- @tparam table list @treturn number
+function M.median(list)
+  local sorted = { unpack(list) }
+  table.sort(sorted)
+  return sorted[math.ceil(#sorted / 2)]
+end
+
 --- Best seconds of a function, after one call that touches memory and starts threads.
 function M.fastest(repeats, f)
   local best = math.huge

@@ -16,11 +16,6 @@ local trace = require "halo.trace"
 
 local M = {}
 
-local function median(list)
-  table.sort(list)
-  return list[math.floor((#list + 1) / 2)]
-end
-
 -- name -> { seconds, bytes } of the spans `names` inside f, on the device's clock.
 local function spans(names, o, f)
   local seconds, bytes = {}, {}
@@ -42,7 +37,7 @@ local function spans(names, o, f)
   trace.device "cpu"
   if not ok then error(problem, 0) end
   local out = {}
-  for name, list in pairs(seconds) do out[name] = { seconds = median(list), bytes = bytes[name] } end
+  for name, list in pairs(seconds) do out[name] = { seconds = bench.median(list), bytes = bytes[name] } end
   return out
 end
 

@@ -17,12 +17,6 @@ local trace = require "halo.trace"
 
 local M = {}
 
-local function median(list)
-  local sorted = { unpack(list) }
-  table.sort(sorted)
-  return sorted[math.ceil(#sorted / 2)]
-end
-
 --- Flops per second of a square product on a device, best of some runs of four.
 -- @tparam string device @tparam string dtype @tparam[opt] int n edge (8192, on a device)
 function M.product_rate(device, dtype, n)
@@ -105,7 +99,7 @@ function M.run(self)
   for _, s in ipairs(traced) do traced_mean = traced_mean + s / o.steps end
   local split, rows = split_of(trace.totals(), o.steps, traced_mean)
   trace.device "cpu"
-  local step, tokens = median(seconds), o.batch * o.tokens
+  local step, tokens = bench.median(seconds), o.batch * o.tokens
   local flops = self.model:flops_per_token(o.tokens) * tokens
   local best_rate = M.product_rate(device, o.dtype)
   local result = { model = o.model, device = device, dtype = o.dtype, parameters = self.model:count(),
