@@ -7,7 +7,7 @@
 --   ranks     2, striped ring; vertical-slash attention from 2K on (15 % of pairs computed at 8K)
 --   expect    needle score 0 % before, 100 % after with seed 1 (30 cases: 5 depths x 3 lengths x 2, one needle,
 --             cities of the training set); 8 min 2 s on two idle Cascade Lake cores, 15.9 CPU minutes, fp32.
---             Looking up is learned at once, at step 280 to 440 with seeds 1 to 6; it came too late once when
+--             Looking up is learned abruptly, at step 280 to 440 with seeds 1 to 6; it came too late once when
 --             the first stage had 440 steps (another machine, other text: 17 %), so it has 684
 --   source    the recipe's numbers are our own study of what learns within that budget; what decides is
 --             the initialisation (fan_in with previous-token heads in layer 1: model/init_weights.lua) and

@@ -7,17 +7,6 @@
 
 #include "attention.cuh"
 
-/* The hopper family is linked when it exists. */
-#define ABSENT __attribute__((weak))
-ABSENT bool halo__sm90_fwd_fits(const halo_attention_queries *) { return false; }
-ABSENT bool halo__sm90_bwd_fits(const halo_attention_queries *) { return false; }
-ABSENT halo_status halo__sm90_fwd(const halo_attention_queries *, const halo_attention_tiles *,
-                                  const halo__attention_out *) {
-  return HALO_EUNSUPPORTED;
-}
-ABSENT halo_status halo__sm90_bwd(const halo_attention_queries *, const halo_attention_tiles *) {
-  return HALO_EUNSUPPORTED;
-}
 static const char *const names[] = {"hopper", "portable", "general"};
 
 /* HALO_ATTENTION, read at each call so that tests may change it: -1 for none. */

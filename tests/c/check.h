@@ -31,7 +31,7 @@ static int check_passed, check_failed;
 #define RUN(test) (fprintf(stderr, "- %s\n", #test), test())
 
 /* With HALO_TEST_SMALL set, for tools that follow every access (tools/sanitize-cuda), tests leave out what is
- * large, and of many combinations they take every third, so that each kernel still runs. */
+ * large (and with it what only large sizes reach), and of many combinations they take every third. */
 static inline bool check_is_small(void) { return getenv("HALO_TEST_SMALL") != NULL; }
 static inline bool check_leaves_out(int64_t elements) { return check_is_small() && elements > 200000; }
 static inline bool check_thins_out(int64_t combination) { return check_is_small() && combination % 3 != 0; }

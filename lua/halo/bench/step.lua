@@ -172,6 +172,10 @@ function M.prepare(o)
   self.optimizer = optim.adamw(self.model.parameters, { decay = 0.1 })
   self.attend = attending.dense(self.model.config, nil, o.device)
   self.attend:set_context(o.tokens, o.batch)
+  if self.attend:local_tokens() ~= o.tokens then
+    errors.raise("usage", ("bench step: tokens=%d is no multiple of %d, the block of attention on %s"):format(o.tokens,
+      self.attend.block, o.device), 0)
+  end
   self.ids, self.labels, self.positions = batch_of(o)
   return self
 end
