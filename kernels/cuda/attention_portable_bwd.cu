@@ -146,34 +146,30 @@ enum { WARPS = 8, THREADS = 32 * WARPS, KEYS = 128, QUERIES = 64 };
  * lie side by side, `own` the position of this lane's first. */
 struct by_position {
   const side &a;
-  int32_t u;
-  int64_t token; /* first of the tile's queries */
+  int64_t batch, token; /* token: first of the tile's queries */
   int32_t own;
   bool is_partial;
   int32_t from, to;
 
   __device__ __forceinline__ void open(int row) {
-    from = 0;
-    to = INT32_MAX;
-    if (!is_partial) return;
-    from = a.first[u / a.H * a.first_stride + token + row] - own;
+    from = a.first[batch * a.first_stride + token + row] - own;
     to = a.position[token + row] - own;
   }
   __device__ __forceinline__ bool operator()(int n, int e) const {
-    return !is_partial || (from <= 8 * n + e && 8 * n + e <= to);
+    return from <= 8 * n + e && 8 * n + e <= to;
   }
 };
 
 /* Here columns, each at a place of its own: INT32_MAX where the query block does not see it. */
 struct by_token {
   const side &a;
-  int32_t u;
-  int64_t token;
+  int64_t batch, token;
   int2 at[4];
   int32_t from, to;
+  static constexpr bool is_partial = true;
 
   __device__ __forceinline__ void open(int row) {
-    from = a.first[u / a.H * a.first_stride + token + row];
+    from = a.first[batch * a.first_stride + token + row];
     to = a.position[token + row];
   }
   __device__ __forceinline__ bool operator()(int n, int e) const {
@@ -182,53 +178,95 @@ struct by_token {
   }
 };
 
+/* The row that holds elements 2 (i % 2) and on of s[i / 2][n] in this lane; its first column is 8 n. */
+__device__ __forceinline__ int row_of(int i) { return i / 2 * 16 + i % 2 * 8 + threadIdx.x % 32 / 4; }
+
 /* s = p = 2^(c s - lse), 0 where it is not seen; to shared memory as bf16. */
 template <class Seen>
 __device__ __forceinline__ void put_p(uint32_t p, float (&s)[2][4][4], const float *lse, int row0, int col0,
                                       float c, Seen &seen) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    const float from = base2(lse[row]);
-    seen.open(row);
+    const float from = base2(lse[row0 + row_of(i)]);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float &y = s[i / 2][n][i % 2 * 2 + e];
-        y = exp2_fast(fmaf(y, c, -from));
-        if (!seen(n, e)) y = 0;
-      }
-      put2<KEYS>(p, row, col0 + 8 * n + lane % 4 * 2, s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]);
+      for (int e = 0; e < 2; e++) s[i / 2][n][i % 2 * 2 + e] = fmaf(s[i / 2][n][i % 2 * 2 + e], c, -from);
     }
   }
-}
-__device__ __forceinline__ void put_nothing(uint32_t p, int row0, int col0) {
-  const int lane = threadIdx.x % 32;
+  if (seen.is_partial) { // one branch, not one for each element
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      seen.open(row0 + row_of(i));
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          if (!seen(n, e)) s[i / 2][n][i % 2 * 2 + e] = -INFINITY;
+        }
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      put2<KEYS>(p, row0 + i / 2 * 16 + i % 2 * 8 + lane / 4, col0 + 8 * n + lane % 4 * 2, 0, 0);
+      float &x = s[i / 2][n][i % 2 * 2], &y = s[i / 2][n][i % 2 * 2 + 1];
+      x = exp2_fast(x);
+      y = exp2_fast(y);
+      put2<KEYS>(p, row0 + row_of(i), col0 + 8 * n + threadIdx.x % 4 * 2, x, y);
     }
   }
 }
 /* ds = p (dp - delta), to shared memory. */
 __device__ __forceinline__ void put_ds(uint32_t ds, const float (&p)[2][4][4], const float (&dp)[2][4][4],
                                        const float *delta, int row0, int col0) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int row = row0 + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    const float d = delta[row];
+    const float d = delta[row0 + row_of(i)];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       const int e = i % 2 * 2;
-      put2<KEYS>(ds, row, col0 + 8 * n + lane % 4 * 2, p[i / 2][n][e] * (dp[i / 2][n][e] - d),
+      put2<KEYS>(ds, row0 + row_of(i), col0 + 8 * n + threadIdx.x % 4 * 2, p[i / 2][n][e] * (dp[i / 2][n][e] - d),
                  p[i / 2][n][e + 1] * (dp[i / 2][n][e + 1] - d));
     }
   }
+}
+
+/* A meeting of the two warps of 32 keys. */
+__device__ __forceinline__ void pair_sync() {
+  asm volatile("bar.sync %0, 64;" ::"r"(1 + (int)threadIdx.x / 64) : "memory");
+}
+
+/* Shared memory of a CTA that owns 128 keys and meets 64 queries a step, two steps' queries at hand. ds of
+ * two steps: dq of one is made while the next one's scores are. */
+template <int D> struct room {
+  static constexpr int TILE = QUERIES * D * 2, SCORES = QUERIES * KEYS * 2;
+  static constexpr int STAGE = 2 * TILE + 2 * QUERIES * 4; /* queries, gradients, lse, delta */
+  static constexpr int K = 0, V = KEYS * D * 2, P = 2 * KEYS * D * 2, DS = P + SCORES, STAGES = DS + 2 * SCORES;
+  static constexpr int BYTES = STAGES + 2 * STAGE;
+};
+
+/* One step of 32 keys by a pair of warps: scores of its keys and the stage's queries, p and ds, and what they
+ * add to dk and dv. */
+template <int D, class Seen>
+__device__ __forceinline__ void key_step(float (&dk)[2][D / 16][4], float (&dv)[2][D / 16][4],
+                                         unsigned char *memory, int stage, float c, Seen &seen) {
+  typedef room<D> R;
+  const int warp = threadIdx.x / 32, row0 = warp % 2 * 32, col0 = warp / 2 * 32;
+  const uint32_t base = shared_address(memory), q = base + R::STAGES + stage * R::STAGE, grad = q + R::TILE;
+  const uint32_t p = base + R::P, ds = base + R::DS + stage * R::SCORES;
+  const float *lse = (const float *)(memory + R::STAGES + stage * R::STAGE + 2 * R::TILE);
+  float s[2][4][4], t[2][4][4];
+  clear(s);
+  clear(t);
+  multiply_rows<D>(s, q, row0, base + R::K, col0);
+  multiply_rows<D>(t, grad, row0, base + R::V, col0); // before the exponentials: products enough to hide them
+  put_p(p, s, lse, row0, col0, c, seen);
+  put_ds(ds, s, t, lse + QUERIES, row0, col0);
+  pair_sync();
+  multiply_columns<KEYS, D, QUERIES>(dv, p, col0, grad, warp % 2 * (D / 2));
+  multiply_columns<KEYS, D, QUERIES>(dk, ds, col0, q, warp % 2 * (D / 2));
 }
 
 /* dk (times scale) and dv of the CTA's keys, rows `row0` and on: 32 x D/2 a warp. */
@@ -265,8 +303,11 @@ __device__ __forceinline__ void put_gradients(const keys &x, const float (&dk)[2
 /* 64 queries that meet the CTA's keys. */
 struct item {
   int32_t u;     /* batch * H + head; -1: no more */
-  int64_t token; /* first */
-  bool sees[2], is_partial[2]; /* the blocks of the CTA's keys */
+  int32_t tile;  /* of 64 queries; the top bits say which of the CTA's key blocks are met whole or in part */
+
+  __device__ __forceinline__ int64_t token() const { return (int64_t)(tile & 0xfffffff) * QUERIES; }
+  __device__ __forceinline__ bool sees(int i) const { return tile >> (28 + i) & 1; }
+  __device__ __forceinline__ bool is_partial(int i) const { return tile >> (30 + i) & 1; }
 };
 
 /* The query tiles of the heads of one group, one after the other. */
@@ -284,23 +325,18 @@ template <int G> struct query_walk {
   }
 
   __device__ __forceinline__ item next(const side &a, const keys &x) {
-    item it = {};
     int32_t at;
     for (;;) {
       at = min(w[0].at, w[KEYS / G - 1].at);
       if (at != INT32_MAX) break;
-      if (++u >= end) {
-        it.u = -1;
-        return it;
-      }
+      if (u + 1 >= end) return {-1, 0};
+      u++;
       open(a, x);
     }
-    it.u = u;
-    it.token = (int64_t)at * G + part * QUERIES;
+    uint32_t tile = (uint32_t)at * (G / QUERIES) + part;
 #pragma unroll
     for (int i = 0; i < KEYS / G; i++) {
-      it.sees[i] = w[i].at == at;
-      it.is_partial[i] = it.sees[i] && w[i].partial;
+      if (w[i].at == at) tile |= 1u << (28 + i) | (w[i].partial ? 1u << (30 + i) : 0);
     }
     if (G == QUERIES || ++part == G / QUERIES) {
       part = 0;
@@ -309,133 +345,122 @@ template <int G> struct query_walk {
         if (w[i].at == at) walk_on(&w[i]);
       }
     }
-    return it;
+    return {u, (int32_t)tile};
   }
 };
 
-template <int D> constexpr int key_shared() {
-  return (2 * KEYS + 4 * QUERIES) * D * 2 + 2 * QUERIES * KEYS * 2 + 4 * QUERIES * 4;
+/* Queries, gradients, lse and delta of 64 queries of a head to a stage. */
+template <int D>
+__device__ __forceinline__ void fetch_queries(uint32_t stage, const side &a, int64_t batch, int32_t u,
+                                              int64_t token) {
+  constexpr int ROWS = THREADS / (D / 8); // a turn of all threads; a multiple of 8, so that chunks stay in place
+  const int head = u - (int)batch * a.H, r = threadIdx.x / (D / 8), c = threadIdx.x % (D / 8);
+  const uint32_t to = tile_at<D>(stage, r, c);
+  const bf16 *q = a.q + batch * a.q_stride[0] + (token + r) * a.q_stride[1] + head * a.q_stride[2] + 8 * c;
+  const bf16 *grad =
+      a.grad + batch * a.grad_stride[0] + (token + r) * a.grad_stride[1] + head * a.grad_stride[2] + 8 * c;
+#pragma unroll
+  for (int i = 0; i < QUERIES / ROWS; i++) {
+    copy16(to + i * ROWS * D * 2, q + i * ROWS * a.q_stride[1]);
+    copy16(to + i * ROWS * D * 2 + room<D>::TILE, grad + i * ROWS * a.grad_stride[1]);
+  }
+  if (threadIdx.x < 32) {
+    const float *from = threadIdx.x < 16 ? a.lse : a.delta;
+    copy16(stage + 2 * room<D>::TILE + threadIdx.x * 16, from + u * a.T + token + threadIdx.x % 16 * 4);
+  }
 }
 
-/* Queries, gradients, lse and delta of an item to a stage. */
-template <int D>
-__device__ __forceinline__ void fetch_item(uint32_t q, uint32_t grad, uint32_t rows, const side &a,
-                                           const item &it) {
-  const int64_t batch = it.u / a.H, head = it.u % a.H;
-  const bf16 *from = a.q + batch * a.q_stride[0] + it.token * a.q_stride[1] + head * a.q_stride[2];
-  const bf16 *from_grad =
-      a.grad + batch * a.grad_stride[0] + it.token * a.grad_stride[1] + head * a.grad_stride[2];
+/* dq of 64 queries of the CTA's keys of block i and on, 32 x D/4 a warp, added to memory. */
+template <int D, int G>
+__device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t ds, uint32_t k) {
+  const int warp = threadIdx.x / 32, row0 = warp % 2 * 32, column = warp / 2 * (D / 4);
+  float dq[2][D / 32][4];
+  clear(dq);
 #pragma unroll
-  for (int i = 0; i < QUERIES * (D / 8) / THREADS; i++) {
-    const int at = i * THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
-    copy16(tile_at<D>(q, r, c), from + r * a.q_stride[1] + 8 * c);
-    copy16(tile_at<D>(grad, r, c), from_grad + r * a.grad_stride[1] + 8 * c);
+  for (int i = 0; i < KEYS / G; i++) {
+    if (G < KEYS && !it.sees(i)) continue; // its ds was not written
+#pragma unroll
+    for (int key = i * G; key < (i + 1) * G; key += 16) {
+      uint32_t x[2][4];
+      rows_a<KEYS>(x[0], ds, row0, key);
+      rows_a<KEYS>(x[1], ds, row0 + 16, key);
+#pragma unroll
+      for (int n = 0; n < D / 32; n += 2) {
+        uint32_t y[4];
+        columns_b<D>(y, k, key, column + 8 * n);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          multiply(dq[m][n], x[m], y[0], y[1]);
+          multiply(dq[m][n + 1], x[m], y[2], y[3]);
+        }
+      }
+    }
   }
-  const int64_t row = it.u * a.T + it.token;
-  if (threadIdx.x < 16) copy16(rows + threadIdx.x * 16, a.lse + row + threadIdx.x * 4);
-  else if (threadIdx.x < 32) copy16(rows + threadIdx.x * 16, a.delta + row + (threadIdx.x - 16) * 4);
+  float *to = a.dq + (it.u * a.T + it.token() + row0 + threadIdx.x % 32 / 4) * D + column;
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int n = 0; n < D / 32; n++) {
+      add_fragment(to + 16 * m * D + 8 * n, to + (16 * m + 8) * D + 8 * n, dq[m][n], a.scale);
+    }
+  }
 }
 
 template <int D, int G, bool HAS_DQ>
 __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
-  constexpr int TILE = QUERIES * D * 2;
+  typedef room<D> R;
   extern __shared__ __align__(128) unsigned char memory[];
-  const uint32_t k = shared_address(memory), v = k + KEYS * D * 2, stage0 = v + KEYS * D * 2;
-  const uint32_t p = stage0 + 4 * TILE, ds = p + QUERIES * KEYS * 2;
-  float *rows = (float *)(memory + 2 * KEYS * D * 2 + 4 * TILE + 2 * QUERIES * KEYS * 2);
+  const uint32_t base = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups = a.B * a.Hk, group = a.H / a.Hk;
-  const int part = (int)blockIdx.x % x.parts, kv = (int)blockIdx.x / x.parts % groups;
+  const int part = (int)blockIdx.x % x.parts, kv = (int)blockIdx.x / x.parts % groups, batch = kv / a.Hk;
   const int64_t key0 = (int64_t)((int)blockIdx.x / x.parts / groups) * KEYS; // early keys have most queries
   const int n_keys = (int)(a.T - key0 < KEYS ? a.T - key0 : KEYS);
 
   query_walk<G> walks;
   walks.key_block = (int32_t)(key0 / G);
-  walks.u = kv / a.Hk * a.H + kv % a.Hk * group;
+  walks.u = batch * a.H + kv % a.Hk * group;
   walks.end = walks.u + group * (part + 1) / x.parts;
   walks.u += group * part / x.parts;
   walks.open(a, x);
-  item now = walks.next(a, x);
+  item now = walks.next(a, x), next = {-1, 0};
   if (now.u >= 0) {
     const int64_t from = ((int64_t)kv * a.T + key0) * D;
 #pragma unroll 4
     for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
       const int r = i / (D / 8), c = i % (D / 8);
       const int64_t at = r < n_keys ? from + (int64_t)r * D + 8 * c : 0;
-      copy16(tile_at<D>(k, r, c), x.k + at, r < n_keys);
-      copy16(tile_at<D>(v, r, c), x.v + at, r < n_keys);
+      copy16(tile_at<D>(base + R::K, r, c), x.k + at, r < n_keys);
+      copy16(tile_at<D>(base + R::V, r, c), x.v + at, r < n_keys);
     }
-    fetch_item<D>(stage0, stage0 + TILE, shared_address(rows), a, now);
+    fetch_queries<D>(base + R::STAGES, a, batch, now.u, now.token());
+    copies_commit();
+    next = walks.next(a, x);
+    if (next.u >= 0) fetch_queries<D>(base + R::STAGES + R::STAGE, a, batch, next.u, next.token());
+    copies_commit();
+    copies_wait<1>();
+    __syncthreads();
   }
-  copies_commit();
 
   float dk[2][D / 16][4], dv[2][D / 16][4];
   clear(dk);
   clear(dv);
-  const float c = a.scale * LOG2_E;
-  const int row0 = warp % 2 * 32, col0 = warp / 2 * 32; // of scores
-  const int own = col0 / G;                             // block of these keys
+  const int col0 = warp / 2 * 32, own = col0 / G; // of this warp's keys
   for (int stage = 0; now.u >= 0; stage ^= 1) {
-    const item next = walks.next(a, x);
-    copies_wait<0>();
-    __syncthreads();
-    const uint32_t q = stage0 + stage * 2 * TILE, grad = q + TILE;
-    const float *lse = rows + stage * 2 * QUERIES, *delta = lse + QUERIES;
-    if (next.u >= 0) {
-      fetch_item<D>(stage0 + (stage ^ 1) * 2 * TILE, stage0 + (stage ^ 1) * 2 * TILE + TILE,
-                    shared_address(rows) + (stage ^ 1) * 2 * QUERIES * 4, a, next);
+    if (G == KEYS || now.sees(own)) {
+      const bool is_partial = now.is_partial(own);
+      by_position seen = {a, batch, now.token(), is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0, is_partial};
+      key_step<D>(dk, dv, memory, stage, a.scale * LOG2_E, seen);
     }
+    copies_wait<0>(); // the next step's queries
+    __syncthreads();  // which all may read now, as ds; and nobody this step's queries
+    const item then = next.u >= 0 ? walks.next(a, x) : next;
+    if (then.u >= 0) fetch_queries<D>(base + R::STAGES + stage * R::STAGE, a, batch, then.u, then.token());
     copies_commit();
-
-    const bool sees = own == 0 ? now.sees[0] : now.sees[1];
-    const bool is_partial = own == 0 ? now.is_partial[0] : now.is_partial[1];
-    float s[2][4][4], t[2][4][4];
-    clear(s);
-    clear(t);
-    if (sees) {
-      multiply_rows<D>(s, q, row0, k, col0);
-      multiply_rows<D>(t, grad, row0, v, col0); // before the exponentials: products enough to hide them
-      by_position seen = {a, now.u, now.token, is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0, is_partial};
-      put_p(p, s, lse, row0, col0, c, seen);
-    } else {
-      put_nothing(p, row0, col0);
-    }
-    put_ds(ds, s, t, delta, row0, col0);
-    __syncthreads();
-    multiply_columns<KEYS, D, QUERIES>(dv, p, warp / 2 * 32, grad, warp % 2 * (D / 2));
-    if (HAS_DQ) {
-      float dq[2][D / 32][4];
-      clear(dq);
-      const int column = warp / 2 * (D / 4);
-#pragma unroll
-      for (int key = 0; key < KEYS; key += 16) {
-        uint32_t b[2][4];
-        rows_a<KEYS>(b[0], ds, row0, key);
-        rows_a<KEYS>(b[1], ds, row0 + 16, key);
-#pragma unroll
-        for (int n = 0; n < D / 32; n += 2) {
-          uint32_t y[4];
-          columns_b<D>(y, k, key, column + 8 * n);
-#pragma unroll
-          for (int m = 0; m < 2; m++) {
-            multiply(dq[m][n], b[m], y[0], y[1]);
-            multiply(dq[m][n + 1], b[m], y[2], y[3]);
-          }
-        }
-      }
-      float *to = a.dq + (now.u * a.T + now.token + row0 + lane / 4) * D + column;
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int n = 0; n < D / 32; n++) {
-          add_fragment(to + 16 * m * D + 8 * n, to + (16 * m + 8) * D + 8 * n, dq[m][n], a.scale);
-        }
-      }
-    }
-    multiply_columns<KEYS, D, QUERIES>(dk, ds, warp / 2 * 32, q, warp % 2 * (D / 2));
+    if (HAS_DQ) add_dq<D, G>(a, now, base + R::DS + stage * R::SCORES, base + R::K);
     now = next;
+    next = then;
   }
-
   put_gradients<D>(x, dk, dv, (int64_t)kv * a.T + key0, n_keys, a.scale);
 }
 
@@ -662,14 +687,12 @@ __device__ __forceinline__ int32_t least_of(const int32_t *wanted) {
 /* dk and dv of 128 columns of one head, rows slot_offset[u] + column of x.dk and x.dv. A thread of the first
  * 128 keeps one column's list; the CTA goes from tile to tile that any of them sees. */
 template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(side a, keys x, int32_t G) {
-  constexpr int TILE = QUERIES * D * 2;
+  typedef room<D> R;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ int32_t token[2][KEYS], wanted[2][KEYS / 32];
-  const uint32_t k = shared_address(memory), v = k + KEYS * D * 2, stage0 = v + KEYS * D * 2;
-  const uint32_t p = stage0 + 4 * TILE, ds = p + QUERIES * KEYS * 2;
-  float *rows = (float *)(memory + 2 * KEYS * D * 2 + 4 * TILE + 2 * QUERIES * KEYS * 2);
+  const uint32_t base = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int units = a.B * a.H, u = (int)blockIdx.x % units;
+  const int units = a.B * a.H, u = (int)blockIdx.x % units, batch = u / a.H;
   const int64_t pattern = a.pattern_of[u], first = (int64_t)((int)blockIdx.x / units) * KEYS;
   const int64_t list = x.token_offset[pattern] + first, left = x.token_offset[pattern + 1] - list;
   if (left <= 0) return;
@@ -692,49 +715,33 @@ template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(s
     for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
       const int r = i / (D / 8), c = i % (D / 8);
       const int64_t at = r < n_keys ? (int64_t)x.slot[slots + r] * D + 8 * c : 0;
-      copy16(tile_at<D>(k, r, c), x.k + at, r < n_keys);
-      copy16(tile_at<D>(v, r, c), x.v + at, r < n_keys);
+      copy16(tile_at<D>(base + R::K, r, c), x.k + at, r < n_keys);
+      copy16(tile_at<D>(base + R::V, r, c), x.v + at, r < n_keys);
     }
-    fetch_item<D>(stage0, stage0 + TILE, shared_address(rows), a, item{u, (int64_t)now * QUERIES});
+    fetch_queries<D>(base + R::STAGES, a, batch, u, (int64_t)now * QUERIES);
   }
   copies_commit();
 
   float dk[2][D / 16][4], dv[2][D / 16][4];
   clear(dk);
   clear(dv);
-  const float c = a.scale * LOG2_E;
-  const int row0 = warp % 2 * 32, col0 = warp / 2 * 32;
+  const int col0 = warp / 2 * 32;
   for (int stage = 0; now != INT32_MAX; stage ^= 1) {
     mine = want(&w, now + 1, wanted[stage]);
     copies_wait<0>();
     __syncthreads();
-    const uint32_t q = stage0 + stage * 2 * TILE, grad = q + TILE;
-    const float *lse = rows + stage * 2 * QUERIES, *delta = lse + QUERIES;
     const int32_t next = least_of(wanted[stage]);
     if (threadIdx.x < KEYS) token[stage ^ 1][threadIdx.x] = mine == next ? own : INT32_MAX;
     if (next != INT32_MAX) {
-      fetch_item<D>(stage0 + (stage ^ 1) * 2 * TILE, stage0 + (stage ^ 1) * 2 * TILE + TILE,
-                    shared_address(rows) + (stage ^ 1) * 2 * QUERIES * 4, a, item{u, (int64_t)next * QUERIES});
+      fetch_queries<D>(base + R::STAGES + (stage ^ 1) * R::STAGE, a, batch, u, (int64_t)next * QUERIES);
     }
     copies_commit();
-
-    float s[2][4][4], t[2][4][4];
-    clear(s);
-    clear(t);
-    if (__any_sync(0xffffffffu, token[stage][col0 + lane] != INT32_MAX)) {
-      multiply_rows<D>(s, q, row0, k, col0);
-      multiply_rows<D>(t, grad, row0, v, col0);
-      by_token seen = {a, u, (int64_t)now * QUERIES};
+    if (__any_sync(0xffffffffu, token[stage][col0 + lane] != INT32_MAX)) { // the same for both warps of a pair
+      by_token seen = {a, batch, (int64_t)now * QUERIES};
 #pragma unroll
       for (int n = 0; n < 4; n++) seen.at[n] = *(const int2 *)&token[stage][col0 + 8 * n + lane % 4 * 2];
-      put_p(p, s, lse, row0, col0, c, seen);
-    } else {
-      put_nothing(p, row0, col0);
+      key_step<D>(dk, dv, memory, stage, a.scale * LOG2_E, seen);
     }
-    put_ds(ds, s, t, delta, row0, col0);
-    __syncthreads();
-    multiply_columns<KEYS, D, QUERIES>(dv, p, warp / 2 * 32, grad, warp % 2 * (D / 2));
-    multiply_columns<KEYS, D, QUERIES>(dk, ds, warp / 2 * 32, q, warp % 2 * (D / 2));
     now = next;
   }
   put_gradients<D>(x, dk, dv, slots, n_keys, a.scale);
@@ -789,10 +796,10 @@ halo_status run_tiles(const halo_attention_queries *a, const halo_attention_tile
   const keys x = keys_of(t, t->by_key, parts);
   if (!a->deterministic) {
     return launch("attention_portable backward", key_backward<D, G, true>, tiles * parts, THREADS,
-                  key_shared<D>(), s, x);
+                  room<D>::BYTES, s, x);
   }
   HALO_TRY(launch("attention_portable backward dk dv", key_backward<D, G, false>, tiles * parts, THREADS,
-                  key_shared<D>(), s, x));
+                  room<D>::BYTES, s, x));
   return run_queries<D>(s, keys_of(t, t->by_query, 1), G);
 }
 
@@ -809,7 +816,7 @@ halo_status run_fixed_columns(const halo_attention_queries *a, const halo_attent
   HALO_TRY(halo__alloc((void **)&part, 2 * c->n_slots * D * (int64_t)sizeof *part, HALO_CUDA));
   const keys x = columns_of(c, c->by_column, part, part + c->n_slots * D);
   halo_status status = launch("attention_portable backward by column", column_backward<D>,
-                              (most + KEYS - 1) / KEYS * s.B * s.H, THREADS, key_shared<D>(), s, x,
+                              (most + KEYS - 1) / KEYS * s.B * s.H, THREADS, room<D>::BYTES, s, x,
                               (int32_t)a->block);
   for (int32_t j = 0; status == HALO_OK && j < s.H / s.Hk; j++) {
     status = launch("attention_portable columns added", add_columns<D>, (int64_t)s.B * s.Hk * 64, 256, 0, s, x,
