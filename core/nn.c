@@ -142,7 +142,10 @@ halo_status halo__embedding_bwd(halo__call *c) {
   HALO_TRY_GOTO(halo__contiguous(&dy, c->grad_out[0]));
   HALO_TRY_GOTO(halo__contiguous(&index, ids));
   HALO_TRY_GOTO(halo__grad_target(c, 0, halo__acc_dtype(w->dtype), &into, NULL));
-  halo__count_passes(dy, 3);
+  // Gradients are read once, and at most as many rows of the sum as there are ids read and written.
+  const int64_t tokens = halo_tensor_count(ids), rows = tokens < w->shape[0] ? tokens : w->shape[0];
+  halo_trace_work((double)halo_tensor_count(dy) * (double)halo_dtype_bytes(dy->dtype) +
+                      2.0 * (double)(rows * w->shape[1]) * (double)halo_dtype_bytes(into->dtype), 0);
   HALO_TRY_GOTO(halo__kernels(halo__device(w))
                     ->embedding_bwd(into->dtype, halo__data(into), dy->dtype, halo__data(dy),
                                     ids->dtype, halo__data(index), halo_tensor_count(ids),

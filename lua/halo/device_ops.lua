@@ -64,7 +64,9 @@ local function cases(o)
   end
   return {
     { "embedding", ("[%d,%d], %d ids"):format(o.vocab, o.width, rows), function()
-      local w, list = normal(o.vocab, o.width), ids(rows)
+      local scattered = {} -- all different (7919 is prime) while there are no more than rows of the table
+      for i = 1, rows do scattered[i] = i * 7919 % o.vocab end
+      local w, list = normal(o.vocab, o.width), tensor.from_table(scattered, { dtype = "i64", device = o.device })
       w.grad = tensor.zeros { o.vocab, o.width, device = o.device }
       return function() return ops.embedding(w, list) end
     end },
