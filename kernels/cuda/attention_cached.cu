@@ -48,7 +48,7 @@ template <int D> constexpr int shared_bytes() { return ROWS * D * 2 + 4 * KEYS *
 
 template <int D> __global__ void __launch_bounds__(THREADS) cached(cache a) {
   constexpr int TILE = KEYS * D * 2;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   __shared__ float tops[WARPS][ROWS], sums[WARPS][ROWS];
   const uint32_t q = shared_address(memory), stage0 = q + ROWS * D * 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -90,8 +90,8 @@ template <int D> __global__ void __launch_bounds__(THREADS) cached(cache a) {
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
       uint32_t x[4], y[4];
-      rows_a<D>(x, q, 0, d);
-      rows_b<D>(y, k, warp * 16, d);
+      rows_a<D>(x, by_16<D>(q), 0, d);
+      rows_b<D>(y, by_8<D>(k, warp * 16), 0, d);
       multiply(s[0], x, y[0], y[1]);
       multiply(s[1], x, y[2], y[3]);
     }
@@ -127,7 +127,7 @@ template <int D> __global__ void __launch_bounds__(THREADS) cached(cache a) {
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
       uint32_t y[4];
-      columns_b<D>(y, k + TILE, warp * 16, 16 * n);
+      columns_b<D>(y, by_16<D>(k + TILE, warp * 16), 0, 16 * n);
       multiply(o[2 * n], p, y[0], y[1]);
       multiply(o[2 * n + 1], p, y[2], y[3]);
     }

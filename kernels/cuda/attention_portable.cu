@@ -110,11 +110,11 @@ __device__ __forceinline__ void scores(float (&s)[MT][8][4], uint32_t q, uint32_
   for (int d = 0; d < D; d += 16) {
     uint32_t a[MT][4];
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) rows_a<D>(a[mt], q, row + 16 * mt, d);
+    for (int mt = 0; mt < MT; mt++) rows_a<D>(a[mt], by_16<D>(q, row), 16 * mt, d);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       uint32_t b[4];
-      rows_b<D>(b, k, 16 * n, d);
+      rows_b<D>(b, by_8<D>(k), 16 * n, d);
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
         multiply(s[mt][2 * n], a[mt], b[0], b[1]);
@@ -188,7 +188,7 @@ __device__ __forceinline__ void gather(state<D, MT> *x, const float (&p)[MT][8][
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
       uint32_t b[4];
-      columns_b<D>(b, v, key, 16 * n);
+      columns_b<D>(b, by_16<D>(v), key, 16 * n);
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
         multiply(x->o[mt][2 * n], a[mt], b[0], b[1]);
@@ -382,7 +382,7 @@ template <int G> struct tile_walk {
 
 template <int D, int G> __global__ void __launch_bounds__(THREADS, 2) tiles_forward(side a, tiles x) {
   constexpr int MT = 2, ROWS = 16 * MT * WARPS, BLOCKS = ROWS / G, TILE = KEYS * D * 2;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   const uint32_t q = shared_address(memory), stage0 = q + ROWS * D * 2;
   const int units = a.B * a.H, n_tasks = (a.n_blocks + BLOCKS - 1) / BLOCKS;
   const int warp = threadIdx.x / 32, row = 16 * MT * warp;
@@ -466,7 +466,7 @@ struct column_walk {
 
 template <int D, int G> __global__ void __launch_bounds__(THREADS, 2) columns_forward(side a, tiles x) {
   constexpr int MT = G / 64, TILE = KEYS * D * 2;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   __shared__ int32_t rows[3][KEYS], positions[3][KEYS];
   const uint32_t q = shared_address(memory), stage0 = q + G * D * 2;
   const int units = a.B * a.H, warp = threadIdx.x / 32, row = 16 * MT * warp;

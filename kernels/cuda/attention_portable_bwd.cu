@@ -85,18 +85,18 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&d)[M][N][4
   }
 }
 
-/* d [16 M, 8 N] += rows of x (from m0) times rows of y (from n0), over D columns. */
+/* d [16 M, 8 N] += rows of x (by_16) times rows of y (by_8), over D columns. */
 template <int D, int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], uint32_t x, int m0, uint32_t y, int n0) {
+__device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], uint32_t x, uint32_t y) {
 #pragma unroll
   for (int k = 0; k < D; k += 16) {
     uint32_t a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; m++) rows_a<D>(a[m], x, m0 + 16 * m, k);
+    for (int m = 0; m < M; m++) rows_a<D>(a[m], x, 16 * m, k);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t b[4];
-      rows_b<D>(b, y, n0 + 8 * n, k);
+      rows_b<D>(b, y, 8 * n, k);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         multiply(d[m][n], a[m], b[0], b[1]);
@@ -106,19 +106,18 @@ __device__ __forceinline__ void multiply_rows(float (&d)[M][N][4], uint32_t x, i
   }
 }
 
-/* d += columns of x (a tile of C columns, from m0) times columns of y (from n0), over `rows` rows. */
+/* d += columns of x (by_8, in a tile of C columns) times columns of y (by_16), over `ROWS` rows. */
 template <int C, int D, int ROWS, int M, int N>
-__device__ __forceinline__ void multiply_columns(float (&d)[M][N][4], uint32_t x, int m0, uint32_t y,
-                                                 int n0) {
+__device__ __forceinline__ void multiply_columns(float (&d)[M][N][4], uint32_t x, uint32_t y) {
 #pragma unroll
   for (int k = 0; k < ROWS; k += 16) {
     uint32_t a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; m++) columns_a<C>(a[m], x, k, m0 + 16 * m);
+    for (int m = 0; m < M; m++) columns_a<C>(a[m], x, k, 16 * m);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t b[4];
-      columns_b<D>(b, y, k, n0 + 8 * n);
+      columns_b<D>(b, y, k, 8 * n);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         multiply(d[m][n], a[m], b[0], b[1]);
@@ -131,11 +130,10 @@ __device__ __forceinline__ void multiply_columns(float (&d)[M][N][4], uint32_t x
 /* lse in base 2; a row that saw nothing gets +inf: its p is 0 and not NaN. */
 __device__ __forceinline__ float base2(float lse) { return lse > -INFINITY ? lse * LOG2_E : INFINITY; }
 
-/* Two elements of a fragment to a tile of C bf16 columns. */
-template <int C> __device__ __forceinline__ void put2(uint32_t tile, int row, int column, float x, float y) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile_at<C>(tile, row, column / 8) + column % 8 * 2),
-               "r"(pack2(x, y))
-               : "memory");
+/* Rows and columns (0, 1) of a fragment of a sum, as bf16; `at`: by_sum. */
+template <int C>
+__device__ __forceinline__ void put2(uint32_t at, int row, int column, float x, float y) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(from_there<C>(at, row, column)), "r"(pack2(x, y)) : "memory");
 }
 
 /* ---- Scores of 64 queries and 128 keys, 32 x 32 a warp -------------------------------------------- */
@@ -146,7 +144,7 @@ enum { WARPS = 8, THREADS = 32 * WARPS, KEYS = 128, QUERIES = 64 };
  * lie side by side, `own` the position of this lane's first. */
 struct by_position {
   const side &a;
-  int64_t batch, token; /* token: first of the tile's queries */
+  int64_t batch, token; /* token: of the lane's first row */
   int32_t own;
   bool is_partial;
   int32_t from, to;
@@ -178,16 +176,16 @@ struct by_token {
   }
 };
 
-/* The row that holds elements 2 (i % 2) and on of s[i / 2][n] in this lane; its first column is 8 n. */
-__device__ __forceinline__ int row_of(int i) { return i / 2 * 16 + i % 2 * 8 + threadIdx.x % 32 / 4; }
+/* The row, from the lane's first one on, of elements 2 (i % 2) and on of s[i / 2][n]. */
+__device__ __forceinline__ constexpr int row_of(int i) { return i / 2 * 16 + i % 2 * 8; }
 
-/* s = p = 2^(c s - lse), 0 where it is not seen; to shared memory as bf16. */
+/* s = p = 2^(c s - lse), 0 where it is not seen; to shared memory (by_sum) as bf16. lse and delta: of the lane's
+ * first row. */
 template <class Seen>
-__device__ __forceinline__ void put_p(uint32_t p, float (&s)[2][4][4], const float *lse, int row0, int col0,
-                                      float c, Seen &seen) {
+__device__ __forceinline__ void put_p(uint32_t p, float (&s)[2][4][4], const float *lse, float c, Seen &seen) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float from = base2(lse[row0 + row_of(i)]);
+    const float from = base2(lse[row_of(i)]);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
 #pragma unroll
@@ -197,7 +195,7 @@ __device__ __forceinline__ void put_p(uint32_t p, float (&s)[2][4][4], const flo
   if (seen.is_partial) { // one branch, not one for each element
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      seen.open(row0 + row_of(i));
+      seen.open(row_of(i));
 #pragma unroll
       for (int n = 0; n < 4; n++) {
 #pragma unroll
@@ -214,20 +212,20 @@ __device__ __forceinline__ void put_p(uint32_t p, float (&s)[2][4][4], const flo
       float &x = s[i / 2][n][i % 2 * 2], &y = s[i / 2][n][i % 2 * 2 + 1];
       x = exp2_fast(x);
       y = exp2_fast(y);
-      put2<KEYS>(p, row0 + row_of(i), col0 + 8 * n + threadIdx.x % 4 * 2, x, y);
+      put2<KEYS>(p, row_of(i), 8 * n, x, y);
     }
   }
 }
 /* ds = p (dp - delta), to shared memory. */
 __device__ __forceinline__ void put_ds(uint32_t ds, const float (&p)[2][4][4], const float (&dp)[2][4][4],
-                                       const float *delta, int row0, int col0) {
+                                       const float *delta) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float d = delta[row0 + row_of(i)];
+    const float d = delta[row_of(i)];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       const int e = i % 2 * 2;
-      put2<KEYS>(ds, row0 + row_of(i), col0 + 8 * n + threadIdx.x % 4 * 2, p[i / 2][n][e] * (dp[i / 2][n][e] - d),
+      put2<KEYS>(ds, row_of(i), 8 * n, p[i / 2][n][e] * (dp[i / 2][n][e] - d),
                  p[i / 2][n][e + 1] * (dp[i / 2][n][e + 1] - d));
     }
   }
@@ -247,26 +245,43 @@ template <int D> struct room {
   static constexpr int BYTES = STAGES + 2 * STAGE;
 };
 
+/* What a lane reads and writes in every step. */
+template <int D> struct lanes {
+  uint32_t q_rows, k_rows, p_put, p_columns, q_columns;
+  const float *lse;
+
+  __device__ __forceinline__ lanes(unsigned char *memory) {
+    typedef room<D> R;
+    const uint32_t base = shared_address(memory);
+    const int warp = threadIdx.x / 32, row0 = warp % 2 * 32, col0 = warp / 2 * 32;
+    q_rows = by_16<D>(base + R::STAGES, row0);
+    k_rows = by_8<D>(base + R::K, col0);
+    p_put = by_sum<KEYS>(base + R::P, row0, col0);
+    p_columns = by_8<KEYS>(base + R::P, 0, col0);
+    q_columns = by_16<D>(base + R::STAGES, 0, warp % 2 * (D / 2));
+    lse = (const float *)(memory + R::STAGES + 2 * R::TILE) + row0 + threadIdx.x % 32 / 4;
+  }
+};
+
 /* One step of 32 keys by a pair of warps: scores of its keys and the stage's queries, p and ds, and what they
  * add to dk and dv. */
-template <int D, class Seen>
+template <int D, class Seen, class Between>
 __device__ __forceinline__ void key_step(float (&dk)[2][D / 16][4], float (&dv)[2][D / 16][4],
-                                         unsigned char *memory, int stage, float c, Seen &seen) {
+                                         const lanes<D> &at, int stage, float c, Seen &seen, Between between) {
   typedef room<D> R;
-  const int warp = threadIdx.x / 32, row0 = warp % 2 * 32, col0 = warp / 2 * 32;
-  const uint32_t base = shared_address(memory), q = base + R::STAGES + stage * R::STAGE, grad = q + R::TILE;
-  const uint32_t p = base + R::P, ds = base + R::DS + stage * R::SCORES;
-  const float *lse = (const float *)(memory + R::STAGES + stage * R::STAGE + 2 * R::TILE);
+  const uint32_t from = stage * R::STAGE, ds = R::DS - R::P + stage * R::SCORES;
+  const float *lse = at.lse + from / 4;
   float s[2][4][4], t[2][4][4];
   clear(s);
   clear(t);
-  multiply_rows<D>(s, q, row0, base + R::K, col0);
-  multiply_rows<D>(t, grad, row0, base + R::V, col0); // before the exponentials: products enough to hide them
-  put_p(p, s, lse, row0, col0, c, seen);
-  put_ds(ds, s, t, lse + QUERIES, row0, col0);
+  multiply_rows<D>(s, at.q_rows + from, at.k_rows);
+  multiply_rows<D>(t, at.q_rows + from + R::TILE, at.k_rows + R::V); // before the exponentials: hides them
+  put_p(at.p_put, s, lse, c, seen);
+  put_ds(at.p_put + ds, s, t, lse + QUERIES);
+  between();
   pair_sync();
-  multiply_columns<KEYS, D, QUERIES>(dv, p, col0, grad, warp % 2 * (D / 2));
-  multiply_columns<KEYS, D, QUERIES>(dk, ds, col0, q, warp % 2 * (D / 2));
+  multiply_columns<KEYS, D, QUERIES>(dv, at.p_columns, at.q_columns + from + R::TILE);
+  multiply_columns<KEYS, D, QUERIES>(dk, at.p_columns + ds, at.q_columns + from);
 }
 
 /* dk (times scale) and dv of the CTA's keys, rows `row0` and on: 32 x D/2 a warp. */
@@ -370,10 +385,9 @@ __device__ __forceinline__ void fetch_queries(uint32_t stage, const side &a, int
   }
 }
 
-/* dq of 64 queries of the CTA's keys of block i and on, 32 x D/4 a warp, added to memory. */
+/* dq of 64 queries, 32 x D/4 a warp, added to memory. */
 template <int D, int G>
-__device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t ds, uint32_t k) {
-  const int warp = threadIdx.x / 32, row0 = warp % 2 * 32, column = warp / 2 * (D / 4);
+__device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t ds_rows, uint32_t k_columns) {
   float dq[2][D / 32][4];
   clear(dq);
 #pragma unroll
@@ -382,12 +396,12 @@ __device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t d
 #pragma unroll
     for (int key = i * G; key < (i + 1) * G; key += 16) {
       uint32_t x[2][4];
-      rows_a<KEYS>(x[0], ds, row0, key);
-      rows_a<KEYS>(x[1], ds, row0 + 16, key);
+      rows_a<KEYS>(x[0], ds_rows, 0, key);
+      rows_a<KEYS>(x[1], ds_rows, 16, key);
 #pragma unroll
       for (int n = 0; n < D / 32; n += 2) {
         uint32_t y[4];
-        columns_b<D>(y, k, key, column + 8 * n);
+        columns_b<D>(y, k_columns, key, 8 * n);
 #pragma unroll
         for (int m = 0; m < 2; m++) {
           multiply(dq[m][n], x[m], y[0], y[1]);
@@ -396,12 +410,14 @@ __device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t d
       }
     }
   }
-  float *to = a.dq + (it.u * a.T + it.token() + row0 + threadIdx.x % 32 / 4) * D + column;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float *to = a.dq + (it.u * a.T + it.token() + warp % 2 * 32 + lane / 4) * D + warp / 2 * (D / 4) + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < 2; m++) {
 #pragma unroll
     for (int n = 0; n < D / 32; n++) {
-      add_fragment(to + 16 * m * D + 8 * n, to + (16 * m + 8) * D + 8 * n, dq[m][n], a.scale);
+      add2(to + 16 * m * D + 8 * n, dq[m][n][0] * a.scale, dq[m][n][1] * a.scale);
+      add2(to + (16 * m + 8) * D + 8 * n, dq[m][n][2] * a.scale, dq[m][n][3] * a.scale);
     }
   }
 }
@@ -409,7 +425,7 @@ __device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t d
 template <int D, int G, bool HAS_DQ>
 __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
   typedef room<D> R;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   const uint32_t base = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups = a.B * a.Hk, group = a.H / a.Hk;
@@ -446,21 +462,39 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
   clear(dk);
   clear(dv);
   const int col0 = warp / 2 * 32, own = col0 / G; // of this warp's keys
-  for (int stage = 0; now.u >= 0; stage ^= 1) {
+  const bool is_late = warp >= WARPS / 2;
+  const lanes<D> at(memory);
+  const uint32_t ds_rows = by_16<KEYS>(base + R::DS, warp % 2 * 32);
+  const uint32_t k_columns = by_16<D>(base + R::K, 0, warp / 2 * (D / 4));
+  int stage = 0;
+  item before = {-1, 0};
+  // A multiprocessor's four schedulers have two warps each, one of them late: it makes dq of the step before
+  // after its scores, so that products of one go on beside the exponentials of the other.
+  const auto late_dq = [&] {
+    if (HAS_DQ && is_late && before.u >= 0) {
+      add_dq<D, G>(a, before, ds_rows + (stage ^ 1) * R::SCORES, k_columns);
+    }
+  };
+  for (; now.u >= 0; stage ^= 1) {
     if (G == KEYS || now.sees(own)) {
       const bool is_partial = now.is_partial(own);
-      by_position seen = {a, batch, now.token(), is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0, is_partial};
-      key_step<D>(dk, dv, memory, stage, a.scale * LOG2_E, seen);
+      by_position seen = {a, batch, now.token() + warp % 2 * 32 + lane / 4,
+                          is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0, is_partial};
+      key_step<D>(dk, dv, at, stage, a.scale * LOG2_E, seen, late_dq);
+    } else {
+      late_dq();
     }
     copies_wait<0>(); // the next step's queries
     __syncthreads();  // which all may read now, as ds; and nobody this step's queries
     const item then = next.u >= 0 ? walks.next(a, x) : next;
     if (then.u >= 0) fetch_queries<D>(base + R::STAGES + stage * R::STAGE, a, batch, then.u, then.token());
     copies_commit();
-    if (HAS_DQ) add_dq<D, G>(a, now, base + R::DS + stage * R::SCORES, base + R::K);
+    if (HAS_DQ && !is_late) add_dq<D, G>(a, now, ds_rows + stage * R::SCORES, k_columns);
+    before = now;
     now = next;
     next = then;
   }
+  late_dq();
   put_gradients<D>(x, dk, dv, (int64_t)kv * a.T + key0, n_keys, a.scale);
 }
 
@@ -526,7 +560,7 @@ __device__ __forceinline__ void scatter(float *dx, const int64_t *rows, int n, u
   for (int part = 0; part < D; part += 64) {
     float d[1][8][4];
     clear(d);
-    multiply_columns<TOGETHER, D, QUERIES>(d, x, key0, y, part);
+    multiply_columns<TOGETHER, D, QUERIES>(d, by_8<TOGETHER>(x, 0, key0), by_16<D>(y, 0, part));
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       add_fragment(low != nullptr ? low + part + 8 * i : nullptr,
@@ -538,7 +572,7 @@ __device__ __forceinline__ void scatter(float *dx, const int64_t *rows, int n, u
 template <int D, bool HAS_COLUMNS>
 __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, int32_t G) {
   constexpr int TILE = TOGETHER * D * 2;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   __shared__ int64_t rows[3][TOGETHER];
   __shared__ int32_t positions[3][TOGETHER];
   const uint32_t q = shared_address(memory), grad = q + QUERIES * D * 2, stage0 = grad + QUERIES * D * 2;
@@ -596,8 +630,8 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
     float s[1][8][4], t[1][8][4];
     clear(s);
     clear(t);
-    multiply_rows<D>(s, q, row0, k, 0);
-    multiply_rows<D>(t, grad, row0, v, 0);
+    multiply_rows<D>(s, by_16<D>(q, row0), by_8<D>(k));
+    multiply_rows<D>(t, by_16<D>(grad, row0), by_8<D>(v));
 #pragma unroll
     for (int i = 0; i < 8; i++) {
 #pragma unroll
@@ -620,7 +654,7 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
 #pragma unroll
       for (int m = 0; m < D / 8; m += 2) {
         uint32_t y[4];
-        columns_b<D>(y, k, key, 8 * m);
+        columns_b<D>(y, by_16<D>(k), key, 8 * m);
         multiply(dq[0][m], b, y[0], y[1]);
         multiply(dq[0][m + 1], b, y[2], y[3]);
       }
@@ -628,7 +662,7 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
     if (HAS_COLUMNS && x.dk != nullptr) { // one tile serves p and then ds
 #pragma unroll
       for (int i = 0; i < 16; i++) {
-        put2<TOGETHER>(ds, row0 + i % 2 * 8 + lane / 4, i / 2 * 8 + lane % 4 * 2, s[0][i / 2][i % 2 * 2],
+        put2<TOGETHER>(by_sum<TOGETHER>(ds, row0), i % 2 * 8, i / 2 * 8, s[0][i / 2][i % 2 * 2],
                        s[0][i / 2][i % 2 * 2 + 1]);
       }
       __syncthreads();
@@ -636,7 +670,7 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < 16; i++) {
-        put2<TOGETHER>(ds, row0 + i % 2 * 8 + lane / 4, i / 2 * 8 + lane % 4 * 2, t[0][i / 2][i % 2 * 2],
+        put2<TOGETHER>(by_sum<TOGETHER>(ds, row0), i % 2 * 8, i / 2 * 8, t[0][i / 2][i % 2 * 2],
                        t[0][i / 2][i % 2 * 2 + 1]);
       }
       __syncthreads();
@@ -688,7 +722,7 @@ __device__ __forceinline__ int32_t least_of(const int32_t *wanted) {
  * 128 keeps one column's list; the CTA goes from tile to tile that any of them sees. */
 template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(side a, keys x, int32_t G) {
   typedef room<D> R;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   __shared__ int32_t token[2][KEYS], wanted[2][KEYS / 32];
   const uint32_t base = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -726,6 +760,7 @@ template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(s
   clear(dk);
   clear(dv);
   const int col0 = warp / 2 * 32;
+  const lanes<D> at(memory);
   for (int stage = 0; now != INT32_MAX; stage ^= 1) {
     mine = want(&w, now + 1, wanted[stage]);
     copies_wait<0>();
@@ -737,10 +772,10 @@ template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(s
     }
     copies_commit();
     if (__any_sync(0xffffffffu, token[stage][col0 + lane] != INT32_MAX)) { // the same for both warps of a pair
-      by_token seen = {a, batch, (int64_t)now * QUERIES};
+      by_token seen = {a, batch, (int64_t)now * QUERIES + warp % 2 * 32 + lane / 4};
 #pragma unroll
       for (int n = 0; n < 4; n++) seen.at[n] = *(const int2 *)&token[stage][col0 + 8 * n + lane % 4 * 2];
-      key_step<D>(dk, dv, memory, stage, a.scale * LOG2_E, seen);
+      key_step<D>(dk, dv, at, stage, a.scale * LOG2_E, seen, [] {});
     }
     now = next;
   }

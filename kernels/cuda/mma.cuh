@@ -10,6 +10,10 @@
  *   rows_b      B for 16 columns n: rows of the tile are n, columns are k; two fragments {b0,b1}, {b2,b3}
  *   columns_b   the same from a tile whose rows are k, columns are n
  *
+ * They take the place where this lane reads, found once: by_16 for rows_a and columns_b, by_8 for the others;
+ * from there an element's row is added and its column comes in by XOR, so that of a loop over constants one
+ * XOR is left, and tiles lie at multiples of 256 bytes.
+ *
  * Fragment of the sum d [16,8]: lane t holds row t / 4 (d0, d1) and t / 4 + 8 (d2, d3), columns
  * 2 (t % 4) + {0, 1}. Two of them packed to bf16 are an A fragment of the next product.
  *
@@ -54,21 +58,37 @@ __device__ __forceinline__ void load4_transposed(uint32_t (&r)[4], uint32_t at) 
                : "memory");
 }
 
-template <int D> __device__ __forceinline__ void rows_a(uint32_t (&r)[4], uint32_t base, int m, int k) {
+/* The lane's place in a tile from (row, column) on, both multiples of 8: lanes 0 to 15 at rows, 16 to 31 at
+ * the next chunk of the same rows. */
+template <int D> __device__ __forceinline__ uint32_t by_16(uint32_t base, int row = 0, int column = 0) {
   const int t = threadIdx.x % 32;
-  load4(r, tile_at<D>(base, m + t % 16, k / 8 + t / 16));
+  return (base + row * D * 2 + t % 16 * D * 2 + (t / 16 ^ t % 8) * 16) ^ column * 2;
 }
-template <int D> __device__ __forceinline__ void columns_a(uint32_t (&r)[4], uint32_t base, int k, int m) {
+/* Lanes 0 to 7 at rows, 8 to 15 at the next chunk of the same, 16 to 31 at the next eight rows. */
+template <int D> __device__ __forceinline__ uint32_t by_8(uint32_t base, int row = 0, int column = 0) {
   const int t = threadIdx.x % 32;
-  load4_transposed(r, tile_at<D>(base, k + t / 16 * 8 + t % 8, m / 8 + t / 8 % 2));
+  return (base + row * D * 2 + (t / 16 * 8 + t % 8) * D * 2 + (t / 8 % 2 ^ t % 8) * 16) ^ column * 2;
 }
-template <int D> __device__ __forceinline__ void rows_b(uint32_t (&r)[4], uint32_t base, int n, int k) {
+/* Row lane / 4, columns 2 (lane % 4) and on, where a fragment of a sum goes as bf16. */
+template <int D> __device__ __forceinline__ uint32_t by_sum(uint32_t base, int row = 0, int column = 0) {
   const int t = threadIdx.x % 32;
-  load4(r, tile_at<D>(base, n + t / 16 * 8 + t % 8, k / 8 + t / 8 % 2));
+  return (base + row * D * 2 + t / 4 * (D * 2 + 16) + t % 4 * 4) ^ column * 2;
 }
-template <int D> __device__ __forceinline__ void columns_b(uint32_t (&r)[4], uint32_t base, int k, int n) {
-  const int t = threadIdx.x % 32;
-  load4_transposed(r, tile_at<D>(base, k + t % 16, n / 8 + t / 16));
+template <int D> __device__ __forceinline__ uint32_t from_there(uint32_t at, int row, int column) {
+  return (at ^ column * 2) + row * D * 2;
+}
+
+template <int D> __device__ __forceinline__ void rows_a(uint32_t (&r)[4], uint32_t at, int m, int k) {
+  load4(r, from_there<D>(at, m, k));
+}
+template <int D> __device__ __forceinline__ void columns_a(uint32_t (&r)[4], uint32_t at, int k, int m) {
+  load4_transposed(r, from_there<D>(at, k, m));
+}
+template <int D> __device__ __forceinline__ void rows_b(uint32_t (&r)[4], uint32_t at, int n, int k) {
+  load4(r, from_there<D>(at, n, k));
+}
+template <int D> __device__ __forceinline__ void columns_b(uint32_t (&r)[4], uint32_t at, int k, int n) {
+  load4_transposed(r, from_there<D>(at, k, n));
 }
 
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
