@@ -14,11 +14,16 @@
  *           Q and then K and V of tile after tile by TMA into two buffers each. The other two warpgroups
  *           own 64 of the 128 rows each, all in registers: S (64 a thread), P as bf16 (32), O (64).
  *           Blocks of 64 tokens have one such warpgroup a CTA, and two CTAs a multiprocessor.
+ * D = 64    products take half the time, exponentials as long: with two warpgroups latencies show (each warp
+ *           stands in line for S, then for the exponentials, with 900 of 2150 cycles a step in between), and
+ *           neither turns nor a second S in flight helped. So four: a CTA has two teams, each of planner,
+ *           loader and two warpgroups with rows of their own. 112 registers a thread are S of 64 keys (32), P
+ *           (16), O (32), the first half of the next P (8) and 24: a key tile is met in two halves.
  * overlap   a warpgroup issues S' = Q K' of the next tile and O += P V of this one together, waits for S',
  *           and makes half of P' before it waits for O. The first tile of a row goes with the last of the row
  *           before, so that nothing waits between rows (the software pipeline is FlashAttention-3's, section
- *           3.2, carried across rows). For D = 64 the two warpgroups issue in turns (section 3.1); for
- *           D = 128, where products take twice the time, turns cost 2% to 4%.
+ *           3.2, carried across rows; not so for D = 64, where the other team fills the gap). Turns between
+ *           warpgroups (section 3.1) cost 2% to 4%.
  * reference the maximum is not looked for: p is made with m as it stands, and only where a thread's share
  *           of a tile's p sums to more than 2^16 (a later score above m by about as much; or nothing seen
  *           yet, m = -inf, which gives inf or NaN) are the tile's maximum taken as m, l and o rescaled and p
@@ -33,7 +38,8 @@
  * numbers   a row that saw nothing: m = -inf, l = 0, o = 0; written out as out = 0, lse = -inf. State: m is
  *           a reference with o and l relative to 2^m, as attention.cuh allows
  * ptxas     "wgmma serialized" (C7510 to C7515) and spills are errors here: accumulators must not be
- *           written in branches while a product is under way
+ *           written in branches while a product is under way. Operands start at R24, whatever else is live: S,
+ *           P, O and 24 must fit (C7512)
  * twin      kernels/cpu/attention_tiles.c, attention_ends.c
  */
 #include "attention.cuh"
@@ -44,6 +50,7 @@ namespace {
 using namespace halo::sm90;
 
 constexpr float MOST = 65536.0f; // sum of p in a tile, for one thread, that makes the reference move
+constexpr float LOWEST = -1e38f; // below all scores
 constexpr float LN_2 = 0.6931471805599453f;
 
 struct item {   // one query block of one head, from producer to consumers
@@ -74,41 +81,52 @@ struct arguments {
   int64_t lse_stride[2];
 };
 
-/* Next (head, query block) to do; back to 0 when the last CTA has seen the end. Launches share it: all
+/* Next (head, query block) to do; back to 0 when the last planner has seen the end. Launches share it: all
  * are on one stream. */
 __device__ int next_ticket;
 
 template <int D, int G> struct shape {
-  static constexpr int GROUPS = G / 64;                  // consumer warpgroups
-  static constexpr int THREADS = 128 * (1 + GROUPS);
-  static constexpr int PER_SM = G == 128 ? 1 : 2;        // CTAs
+  static constexpr bool HALVES = D == 64 && G == 128;     // a key tile is met in two halves, by two teams a CTA
+  static constexpr int TEAMS = HALVES ? 2 : 1;
+  static constexpr int GROUPS = G / 64;                   // consumer warpgroups of a team
+  static constexpr int THREADS = 128 * (1 + TEAMS * GROUPS);
+  static constexpr int PER_SM = G == 128 ? 1 : 2;         // CTAs
   static constexpr int FEW = 24;                          // registers of the loading warpgroup
-  static constexpr int MANY = G == 128 ? 240 : 232;       // and of a computing one
-  static constexpr int TILE = G * D * 2;                 // bytes of a Q, K, V or O tile
-  static constexpr int SLAB = G * 128;                   // bytes of 64 columns of it
+  static constexpr int MANY = HALVES ? 112 : G == 128 ? 240 : 232; // and of a computing one
+  static constexpr int TILE = G * D * 2;                  // bytes of a Q, K, V or O tile
+  static constexpr int SLAB = G * 128;                    // bytes of 64 columns of it
   static constexpr int STAGES = 2;
-  static constexpr bool TURNS = GROUPS == 2 && D == 64;   // warpgroups issue in turns
+  static constexpr int KEYS = HALVES ? 64 : G;            // keys of a step
 };
 
-template <int D, int G> struct alignas(1024) shared_memory {
+/* What a team shares: tiles, */
+template <int D, int G> struct team_tiles {
   using S = shape<D, G>;
   char q[S::STAGES][S::TILE], k[S::STAGES][S::TILE], v[S::STAGES][S::TILE], out[S::TILE];
+};
+/* and what is known of them. */
+template <int D, int G> struct team_state {
+  using S = shape<D, G>;
   uint64_t q_full[S::STAGES], q_free[S::STAGES], k_full[S::STAGES], k_free[S::STAGES],
       v_full[S::STAGES], v_free[S::STAGES], row_full[2], row_free[2];
   item items[S::STAGES];
   tile_note notes[S::STAGES];
   item_runs rows[2];
 };
+template <int D, int G> struct shared_memory {
+  team_tiles<D, G> tiles[shape<D, G>::TEAMS];
+  team_state<D, G> state[shape<D, G>::TEAMS];
+};
 
 #if HALO_SM90
 
 /* ---- Planner: a warp that finds out what comes next ---------------------------------------------- */
 
-static __device__ __forceinline__ int take_ticket(const arguments &a, int lane) {
+template <int TEAMS> __device__ __forceinline__ int take_ticket(const arguments &a, int lane) {
   int t = 0;
   if (lane == 0) {
     t = atomicAdd(&next_ticket, 1);
-    if (t == a.n_units * a.n_blocks + (int)gridDim.x - 1) next_ticket = 0;
+    if (t == a.n_units * a.n_blocks + (int)gridDim.x * TEAMS - 1) next_ticket = 0;
   }
   return __shfl_sync(0xffffffffu, t, 0);
 }
@@ -121,10 +139,10 @@ static __device__ __forceinline__ halo__span lane_run(const arguments &a, int64_
 
 /* Rows of tickets go to the loader, with the first 32 runs of each, one a lane. */
 template <int D, int G>
-__device__ __forceinline__ void plan(const arguments &a, shared_memory<D, G> &s, int lane) {
+__device__ __forceinline__ void plan(const arguments &a, team_state<D, G> &s, int lane) {
   ring_place<2> to;
   const int n_items = a.n_units * a.n_blocks;
-  int ticket = take_ticket(a, lane);
+  int ticket = take_ticket<shape<D, G>::TEAMS>(a, lane);
 #pragma unroll 1
   for (bool more = true; more;) {
     more = ticket < n_items;
@@ -135,7 +153,7 @@ __device__ __forceinline__ void plan(const arguments &a, shared_memory<D, G> &s,
       const int section = ticket / (a.section * a.n_blocks), first = section * a.section;
       const int heads = min(a.section, a.n_units - first), rest = ticket - first * a.n_blocks;
       const int unit = first + rest % heads;
-      ticket = take_ticket(a, lane);
+      ticket = take_ticket<shape<D, G>::TEAMS>(a, lane);
       it.block = a.n_blocks - 1 - rest / heads;
       it.batch = unit / a.n_heads;
       it.head = unit - it.batch * a.n_heads;
@@ -175,7 +193,8 @@ __device__ __forceinline__ void plan(const arguments &a, shared_memory<D, G> &s,
 template <int D, int G> struct loader {
   using S = shape<D, G>;
   const arguments &a;
-  shared_memory<D, G> &s;
+  team_tiles<D, G> &tiles;
+  team_state<D, G> &s;
   const int lane;
   ring_place<2> row;
   ring_place<S::STAGES> q, k, v;
@@ -186,7 +205,7 @@ template <int D, int G> struct loader {
       const uint64_t keep = l2_evict_last();
 #pragma unroll
       for (int d = 0; d < D / 64; d++) {
-        tma_load(s.k[k.index] + d * S::SLAB, &a.k, &s.k_full[k.index], keep, d * 64, block * G, unit);
+        tma_load(tiles.k[k.index] + d * S::SLAB, &a.k, &s.k_full[k.index], keep, d * 64, block * G, unit);
       }
       s.notes[k.index] = {partial, position};
       barrier_expect(&s.k_full[k.index], S::TILE);
@@ -200,7 +219,7 @@ template <int D, int G> struct loader {
       barrier_expect(&s.v_full[v.index], S::TILE);
 #pragma unroll
       for (int d = 0; d < D / 64; d++) {
-        tma_load(s.v[v.index] + d * S::SLAB, &a.v, &s.v_full[v.index], keep, d * 64, block * G, unit);
+        tma_load(tiles.v[v.index] + d * S::SLAB, &a.v, &s.v_full[v.index], keep, d * 64, block * G, unit);
       }
     }
     v.next();
@@ -214,7 +233,7 @@ template <int D, int G> struct loader {
         barrier_expect(&s.q_full[q.index], S::TILE);
 #pragma unroll
         for (int d = 0; d < D / 64; d++) {
-          tma_load(s.q[q.index] + d * S::SLAB, &a.q, &s.q_full[q.index], once, d * 64, it.block * G,
+          tma_load(tiles.q[q.index] + d * S::SLAB, &a.q, &s.q_full[q.index], once, d * 64, it.block * G,
                    it.head, it.batch);
         }
         if (a.o != nullptr) { // o of the running state is wanted soon, too
@@ -278,52 +297,81 @@ template <int D, int G> struct loader {
 
 template <int D, int G> struct consumer {
   using S = shape<D, G>;
-  static constexpr int NS = G / 2, NO = D / 2; // accumulators of a thread
+  static constexpr int NS = S::KEYS / 2, NO = D / 2; // accumulators of a thread
   const arguments &a;
-  shared_memory<D, G> &s;
-  const int group, lane, row; // row: the first of this thread's two, in the query block; the other is + 8
+  team_tiles<D, G> &tiles;
+  team_state<D, G> &s;
+  const int group, barrier; // warpgroup of the team; number of its own named barrier
   ring_place<S::STAGES> q, k, v;
   int first_key[2], last_key[2]; // positions that the rows see
   float m[2], l[2];
 
-  /* S = Q K^T of the next key tile, issued. */
-  __device__ __forceinline__ void issue_scores(float (&sc)[NS], uint64_t q_tile) {
+  /* Where registers are few they are asked for anew. */
+  __device__ __forceinline__ int thread() const {
+    int x = threadIdx.x;
+    if constexpr (S::HALVES) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+  }
+  __device__ __forceinline__ int lane() const { return thread() % 32; }
+  /* The first of this thread's two rows of the query block; the other is + 8. */
+  __device__ __forceinline__ int row() const {
+    const int x = thread();
+    return (x / 32 - 4) % (4 * S::GROUPS) * 16 + x % 32 / 4;
+  }
+
+  /* S = Q K^T of the next key tile, or of a half of it, issued. */
+  __device__ __forceinline__ void issue_scores(float (&sc)[NS], uint64_t q_tile, int half = 0) {
     // The shuffle tells the compiler that the index is the same in the warp.
-    const uint64_t k_tile = descriptor(shared_address(s.k[__shfl_sync(0xffffffffu, k.index, 0)]));
+    const uint64_t k_tile = descriptor(shared_address(tiles.k[__shfl_sync(0xffffffffu, k.index, 0)]));
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
       const uint32_t at = i / 4 * S::SLAB + i % 4 * 32;
-      wgmma<G>::template ss<0, 0>(sc, descriptor_at(q_tile, at), descriptor_at(k_tile, at), i > 0);
+      wgmma<S::KEYS>::template ss<0, 0>(sc, descriptor_at(q_tile, at), descriptor_at(k_tile, at + half * 8192),
+                                        i > 0);
     }
     wgmma_commit();
   }
-  /* O (+)= P V of the next value tile, issued. */
-  __device__ __forceinline__ void issue_output(float (&o)[NO], const uint32_t (&p)[NS / 2], int add) {
+  /* O (+)= P V of the next value tile, or of a half of it, issued. */
+  __device__ __forceinline__ void issue_output(float (&o)[NO], const uint32_t (&p)[NS / 2], int add,
+                                               int half = 0) {
     const uint64_t v_tile =
-        descriptor(shared_address(s.v[__shfl_sync(0xffffffffu, v.index, 0)]), S::SLAB);
+        descriptor(shared_address(tiles.v[__shfl_sync(0xffffffffu, v.index, 0)]), S::SLAB);
 #pragma unroll
-    for (int i = 0; i < G / 16; i++) {
-      wgmma<D>::template rs<1>(o, p + 4 * i, descriptor_at(v_tile, i * 2048), i > 0 ? 1 : add);
+    for (int i = 0; i < S::KEYS / 16; i++) {
+      wgmma<D>::template rs<1>(o, p + 4 * i, descriptor_at(v_tile, half * 8192 + i * 2048), i > 0 ? 1 : add);
     }
     wgmma_commit();
   }
   __device__ __forceinline__ void free_buffer(uint64_t *bar) {
-    barrier_arrive_warp(bar, lane == 0);
+    barrier_arrive_warp(bar, S::HALVES ? elected() : lane() == 0);
   }
 
+  /* Of row r (0 or 1) only keys `from` to `to` of the tile stay. */
+  __device__ __forceinline__ void mask_row(float (&sc)[NS], int r, int from, int to) {
+#pragma unroll
+    for (int i = 0; i < NS / 4; i++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const bool seen = 8 * i + e >= from && 8 * i + e <= to;
+        sc[4 * i + 2 * r + e] = seen ? sc[4 * i + 2 * r + e] : -INFINITY;
+      }
+    }
+  }
   __device__ __forceinline__ void mask(float (&sc)[NS], int position) {
-    const int shift = position + 2 * (lane & 3);
+    const int shift = position + 2 * (lane() & 3);
+#pragma unroll
+    for (int r = 0; r < 2; r++) mask_row(sc, r, first_key[r] - shift, last_key[r] - shift);
+  }
+  /* The same with what the item's rows see from memory, one row at a time. */
+  __device__ __forceinline__ void mask_anew(float (&sc)[NS], int position) {
+    const item it = s.items[q.index];
+    const int shift = position + 2 * (lane() & 3);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int from = first_key[r] - shift, to = last_key[r] - shift;
-#pragma unroll
-      for (int i = 0; i < NS / 4; i++) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const bool seen = 8 * i + e >= from && 8 * i + e <= to;
-          sc[4 * i + 2 * r + e] = seen ? sc[4 * i + 2 * r + e] : -INFINITY;
-        }
-      }
+      const int token = it.block * G + row() + 8 * r;
+      int from = a.first[it.batch * a.first_stride + token] - shift, to = a.position_q[token] - shift;
+      asm volatile("" : "+r"(from), "+r"(to)::"memory");
+      mask_row(sc, r, from, to);
     }
   }
 
@@ -344,17 +392,18 @@ template <int D, int G> struct consumer {
       m[r] = fmaxf(m[r], most);
     }
   }
-  /* P = 2^(S - base), packed, and its sums; columns of the FIRST or second half of the tile. */
-  template <bool FIRST>
-  __device__ __forceinline__ void exponentials(uint32_t *p, float (&sum)[4], const float (&sc)[NS],
+  /* P = 2^(S - base), packed, and its sums, two or four; of the step's columns in groups of 8 those
+   * FROM .. TO - 1. */
+  template <int FROM, int TO, int SUMS>
+  __device__ __forceinline__ void exponentials(uint32_t *p, float (&sum)[SUMS], const float (&sc)[NS],
                                                const float (&base)[2]) {
 #pragma unroll
-    for (int i = FIRST ? 0 : NS / 8; i < (FIRST ? NS / 8 : NS / 4); i++) {
+    for (int i = FROM; i < TO; i++) {
       float x[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         x[e] = exp2_fast(fmaf(sc[4 * i + e], a.scale_log2, -base[e / 2]));
-        sum[e] += x[e];
+        sum[SUMS == 4 ? e : e / 2] += x[e];
       }
       p[2 * i] = pack_bf16(x[0], x[1]);
       p[2 * i + 1] = pack_bf16(x[2], x[3]);
@@ -376,13 +425,13 @@ template <int D, int G> struct consumer {
 
   /* Rows of the running state in [B,H,T], and this thread's columns of o. */
   __device__ __forceinline__ int64_t state_row(const item &it) const {
-    return ((int64_t)it.batch * a.n_heads + it.head) * a.T + (int64_t)it.block * G + row;
+    return ((int64_t)it.batch * a.n_heads + it.head) * a.T + (int64_t)it.block * G + row();
   }
   __device__ __forceinline__ void read_state(const item &it, float (&o)[NO]) {
     const int64_t at = state_row(it);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float *from = a.o + (at + 8 * r) * D + 2 * (lane & 3);
+      const float *from = a.o + (at + 8 * r) * D + 2 * (lane() & 3);
 #pragma unroll
       for (int i = 0; i < NO / 4; i++) {
         const float2 x = *(const float2 *)(from + 8 * i);
@@ -396,11 +445,11 @@ template <int D, int G> struct consumer {
     const int64_t at = state_row(it);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      if ((lane & 3) == 0) {
+      if ((lane() & 3) == 0) {
         a.m[at + 8 * r] = m_end[r];
         a.l[at + 8 * r] = l_end[r];
       }
-      float *to = a.o + (at + 8 * r) * D + 2 * (lane & 3);
+      float *to = a.o + (at + 8 * r) * D + 2 * (lane() & 3);
 #pragma unroll
       for (int i = 0; i < NO / 4; i++) {
         *(float2 *)(to + 8 * i) = make_float2(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
@@ -415,9 +464,9 @@ template <int D, int G> struct consumer {
     for (int r = 0; r < 2; r++) inverse[r] = l_end[r] > 0.0f ? __fdividef(1.0f, l_end[r]) : 0.0f;
     const bool is_issuer = threadIdx.x % 128 == 0;
     if (is_issuer) bulk_wait_read<0>(); // of the item before
-    named_wait(3 + group, 128);
-    const uint32_t base = shared_address(s.out);
-    const int to_row = row - lane / 4 + (lane & 15), half = lane >> 4;
+    named_wait(barrier, 128);
+    const uint32_t base = shared_address(tiles.out);
+    const int to_row = row() - lane() / 4 + (lane() & 15), half = lane() >> 4;
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
       const float *x = o + 8 * i;
@@ -428,18 +477,18 @@ template <int D, int G> struct consumer {
                pack_bf16(x[6] * inverse[1], x[7] * inverse[1]));
     }
     fence_async();
-    named_wait(3 + group, 128);
+    named_wait(barrier, 128);
     if (is_issuer) {
 #pragma unroll
       for (int d = 0; d < D / 64; d++) {
-        tma_store(&a.out, s.out + d * S::SLAB + group * 8192, d * 64, it.block * G + group * 64, it.head,
+        tma_store(&a.out, tiles.out + d * S::SLAB + group * 8192, d * 64, it.block * G + group * 64, it.head,
                   it.batch);
       }
       bulk_commit();
     }
-    if (a.lse != nullptr && (lane & 3) == 0) {
+    if (a.lse != nullptr && (lane() & 3) == 0) {
       float *to = a.lse + it.batch * a.lse_stride[0] + it.head * a.lse_stride[1] +
-                  (int64_t)it.block * G + row;
+                  (int64_t)it.block * G + row();
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         to[8 * r] = l_end[r] > 0.0f ? (m_end[r] + __log2f(l_end[r])) * LN_2 : -INFINITY;
@@ -452,11 +501,11 @@ template <int D, int G> struct consumer {
     const int64_t at = state_row(it);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int64_t t = (int64_t)it.block * G + row + 8 * r;
+      const int64_t t = (int64_t)it.block * G + row() + 8 * r;
       last_key[r] = a.position_q[t];
       first_key[r] = a.first[it.batch * a.first_stride + t];
       m[r] = a.o == nullptr ? -INFINITY : a.m[at + 8 * r];
-      l[r] = a.o == nullptr || (lane & 3) != 0 ? 0.0f : a.l[at + 8 * r]; // each of four threads has a share
+      l[r] = a.o == nullptr || (lane() & 3) != 0 ? 0.0f : a.l[at + 8 * r]; // each of four threads has a share
     }
   }
   __device__ __forceinline__ void close(const item &it, const float (&o)[NO], const float (&m_end)[2],
@@ -481,7 +530,7 @@ template <int D, int G> struct consumer {
     return it;
   }
   __device__ __forceinline__ uint64_t q_tile() const {
-    return descriptor(shared_address(s.q[q.index]) + group * 8192);
+    return descriptor(shared_address(tiles.q[q.index]) + group * 8192);
   }
 
   /* Items one after the other, from `it` on, until one has no tiles: that one is returned. All but the
@@ -505,8 +554,8 @@ template <int D, int G> struct consumer {
     {
       float base[2], sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       get_base(base);
-      exponentials<true>(p, sum, sc, base);
-      exponentials<false>(p, sum, sc, base);
+      exponentials<0, NS / 8>(p, sum, sc, base);
+      exponentials<NS / 8, NS / 4>(p, sum, sc, base);
 #pragma unroll
       for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
       add_sums(sum);
@@ -529,7 +578,6 @@ template <int D, int G> struct consumer {
       left--;
       barrier_wait(&s.k_full[k.index], k.parity);
       note = s.notes[k.index];
-      if (S::TURNS) named_wait(1 + group, 256);
       pin(sc);
       pin(p);
       pin(o);
@@ -538,7 +586,6 @@ template <int D, int G> struct consumer {
       barrier_wait(&s.v_full[v.index], v.parity);
       wgmma_fence();
       issue_output(o, p, add);
-      if (S::TURNS) named_arrive(2 - group, 256);
       wgmma_wait<1>();
       pin(sc);
       free_buffer(&s.k_free[k.index]);
@@ -552,7 +599,7 @@ template <int D, int G> struct consumer {
         get_base(base);
       }
       uint32_t half[NS / 2]; // the first half only
-      exponentials<true>(half, sum, sc, base);
+      exponentials<0, NS / 8>(half, sum, sc, base);
 #pragma unroll
       for (int i = 0; i < NS / 4; i++) asm volatile("" : "+r"(half[i])::"memory");
       // Within a basic block ptxas moves the wait for O before the exponentials that are to run beside it;
@@ -565,7 +612,7 @@ template <int D, int G> struct consumer {
       v.next();
 #pragma unroll
       for (int i = 0; i < NS / 4; i++) p[i] = half[i];
-      exponentials<false>(p, sum, sc, base);
+      exponentials<NS / 8, NS / 4>(p, sum, sc, base);
       add = 1;
       if (is_new) {
         close(it, o, m_end, l_end);
@@ -584,8 +631,8 @@ template <int D, int G> struct consumer {
         move_reference(sc, factor);
         get_base(base);
         sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        exponentials<true>(p, sum, sc, base);
-        exponentials<false>(p, sum, sc, base);
+        exponentials<0, NS / 8>(p, sum, sc, base);
+        exponentials<NS / 8, NS / 4>(p, sum, sc, base);
 #pragma unroll
         for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
         rescale(o, factor);
@@ -605,6 +652,118 @@ template <int D, int G> struct consumer {
     return next;
   }
 
+  /* Step of half HALF: its S goes with P V of the half before it, which P holds; then P is its own. */
+  template <int HALF>
+  __device__ __forceinline__ void step(float (&sc)[NS], uint32_t (&p)[NS / 2], float (&o)[NO], int &add) {
+    constexpr int EARLY = NS / 8; // columns in groups of 8 before P V is waited for
+    if (HALF == 0) barrier_wait(&s.k_full[k.index], k.parity);
+    barrier_wait(&s.v_full[v.index], v.parity);
+    pin(sc);
+    pin(p);
+    pin(o);
+    wgmma_fence();
+    issue_scores(sc, q_tile(), HALF);
+    issue_output(o, p, add, 1 - HALF);
+    // Branches never taken end basic blocks, within which ptxas would move products behind exponentials and
+    // waits before them.
+    if (l[0] < 0.0f) asm volatile("trap;");
+    wgmma_wait<1>();
+    pin(sc);
+    const tile_note note = s.notes[k.index];
+    if (note.partial) mask_anew(sc, note.position + HALF * S::KEYS);
+    if (HALF == 1) {
+      __syncwarp();
+      free_buffer(&s.k_free[k.index]);
+      k.next();
+    }
+    float sum[2] = {0.0f, 0.0f};
+    uint32_t early[2 * EARLY];
+    exponentials<0, EARLY>(early, sum, sc, m);
+#pragma unroll
+    for (int i = 0; i < 2 * EARLY; i++) asm volatile("" : "+r"(early[i])::"memory");
+    if (sum[0] < 0.0f) asm volatile("trap;");
+    wgmma_wait<0>();
+    pin(o);
+    pin(p);
+    add = 1;
+    if (HALF == 0) {
+      free_buffer(&s.v_free[v.index]);
+      v.next();
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * EARLY; i++) p[i] = early[i];
+    exponentials<EARLY, NS / 4>(p, sum, sc, m);
+    const bool is_fine = sum[0] + sum[1] <= MOST; // NaN is not
+    if (__any_sync(0xffffffffu, !is_fine)) {
+      float factor[2];
+      move_reference(sc, factor);
+      sum[0] = sum[1] = 0.0f;
+      exponentials<0, NS / 4>(p, sum, sc, m);
+#pragma unroll
+      for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
+      rescale(o, factor);
+    }
+    l[0] += sum[0];
+    l[1] += sum[1];
+  }
+
+  /* One item, its key tiles in halves. m is never -inf here, but LOWEST. */
+  __device__ __forceinline__ void meet_halves(float (&sc)[NS], uint32_t (&p)[NS / 2], float (&o)[NO]) {
+    const bool is_running = a.o != nullptr;
+    int add = is_running, left;
+    {
+      const item it = s.items[q.index];
+      const int64_t at = state_row(it);
+      left = it.n_tiles;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        m[r] = is_running ? fmaxf(a.m[at + 8 * r], LOWEST) : LOWEST;
+        l[r] = !is_running || (lane() & 3) != 0 ? 0.0f : a.l[at + 8 * r]; // each of four threads has a share
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < NS; i++) asm volatile("" : "=f"(sc[i])); // nothing is kept for what comes
+    barrier_wait(&s.k_full[k.index], k.parity);
+    wgmma_fence();
+    issue_scores(sc, q_tile());
+    wgmma_wait<0>();
+    pin(sc);
+    const tile_note note = s.notes[k.index];
+    if (note.partial) mask_anew(sc, note.position);
+    float factor[2], sum[2] = {0.0f, 0.0f};
+    move_reference(sc, factor);
+    exponentials<0, NS / 4>(p, sum, sc, m);
+#pragma unroll
+    for (int r = 0; r < 2; r++) l[r] = __fmul_rn(l[r], factor[r]);
+    l[0] += sum[0];
+    l[1] += sum[1];
+    if (is_running) {
+      read_state(s.items[q.index], o);
+      rescale(o, factor);
+    }
+    step<1>(sc, p, o, add);
+#pragma unroll 1
+    while (--left > 0) {
+      step<0>(sc, p, o, add);
+      step<1>(sc, p, o, add);
+    }
+    pin(p);
+    pin(o);
+    wgmma_fence();
+    issue_output(o, p, add, 1);
+    wgmma_wait<0>();
+    pin(o);
+    free_buffer(&s.v_free[v.index]);
+    v.next();
+    const item it = s.items[q.index];
+    __syncwarp();
+    free_buffer(&s.q_free[q.index]);
+    q.next();
+#pragma unroll
+    for (int r = 0; r < 2; r++) m[r] = m[r] > LOWEST ? m[r] : -INFINITY;
+    close(it, o, m, l);
+  }
+
   __device__ __forceinline__ void work() {
     float sc[NS], o[NO];
     uint32_t p[NS / 2];
@@ -612,11 +771,15 @@ template <int D, int G> struct consumer {
     for (int i = 0; i < NS; i++) sc[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < NO; i++) o[i] = 0.0f;
-    if (S::TURNS && group == 1) named_arrive(1, 256); // warpgroup 0 goes first
     item it = next_item();
     while (it.n_tiles >= 0) {
       if (it.n_tiles > 0) {
-        it = meet(it, sc, p, o);
+        if constexpr (S::HALVES) {
+          meet_halves(sc, p, o);
+          it = next_item();
+        } else {
+          it = meet(it, sc, p, o);
+        }
       } else {
         const float nothing[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -627,7 +790,6 @@ template <int D, int G> struct consumer {
         it = next_item();
       }
     }
-    if (S::TURNS && group == 0) named_wait(1, 256); // the other's last arrival
     if (threadIdx.x % 128 == 0) bulk_wait<0>();
   }
 };
@@ -640,8 +802,9 @@ __global__ void __launch_bounds__(shape<D, G>::THREADS, shape<D, G>::PER_SM)
 #if HALO_SM90
   using S = shape<D, G>;
   extern __shared__ __align__(1024) char memory[];
-  shared_memory<D, G> &s = *(shared_memory<D, G> *)memory;
-  if (threadIdx.x == 0) {
+  shared_memory<D, G> &all = *(shared_memory<D, G> *)memory;
+  if (threadIdx.x < S::TEAMS) {
+    team_state<D, G> &s = all.state[threadIdx.x];
     for (int i = 0; i < 2; i++) {
       barrier_init(&s.row_full[i], WARP_ARRIVES);
       barrier_init(&s.row_free[i], WARP_ARRIVES);
@@ -660,16 +823,17 @@ __global__ void __launch_bounds__(shape<D, G>::THREADS, shape<D, G>::PER_SM)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp < 4) {
     registers_drop<S::FEW>();
-    if (warp == 0) {
-      loader<D, G> l = {a, s, lane};
+    const int team = S::TEAMS == 1 ? 0 : warp / 2;
+    if (warp < 2 * S::TEAMS && warp % 2 == 0) {
+      loader<D, G> l = {a, all.tiles[team], all.state[team], lane};
       l.work();
-    } else if (warp == 1) {
-      plan(a, s, lane);
+    } else if (warp < 2 * S::TEAMS) {
+      plan<D, G>(a, all.state[team], lane);
     }
   } else {
     registers_raise<S::MANY>();
-    const int group = warp / 4 - 1;
-    consumer<D, G> c = {a, s, group, lane, group * 64 + warp % 4 * 16 + lane / 4};
+    const int group = warp / 4 - 1, team = S::TEAMS == 1 ? 0 : group / S::GROUPS;
+    consumer<D, G> c = {a, all.tiles[team], all.state[team], group - team * S::GROUPS, 1 + group};
     c.work();
   }
 #endif
