@@ -34,7 +34,8 @@
  *           different code: no product there may be fused into an addition in one and not in the other
  *           (__fmul_rn, and sums before products), or results differ in the last bit from run to run.
  * order     longest rows first; heads in sections whose K and V fit in half of L2, so that all CTAs of
- *           a time sweep the same keys.
+ *           a time sweep the same keys. A planner takes a ticket only when there is a place for its row: one
+ *           that is further ahead holds long rows that others could do.
  * numbers   a row that saw nothing: m = -inf, l = 0, o = 0; written out as out = 0, lse = -inf. State: m is
  *           a reference with o and l relative to 2^m, as attention.cuh allows
  * ptxas     "wgmma serialized" (C7510 to C7515) and spills are errors here: accumulators must not be
@@ -49,6 +50,7 @@ namespace {
 
 using namespace halo::sm90;
 
+constexpr int ROWS = 2;          // places between planner and loader
 constexpr float MOST = 65536.0f; // sum of p in a tile, for one thread, that makes the reference move
 constexpr float LOWEST = -1e38f; // below all scores
 constexpr float LN_2 = 0.6931471805599453f;
@@ -108,10 +110,10 @@ template <int D, int G> struct team_tiles {
 template <int D, int G> struct team_state {
   using S = shape<D, G>;
   uint64_t q_full[S::STAGES], q_free[S::STAGES], k_full[S::STAGES], k_free[S::STAGES],
-      v_full[S::STAGES], v_free[S::STAGES], row_full[2], row_free[2];
+      v_full[S::STAGES], v_free[S::STAGES], row_full[ROWS], row_free[ROWS];
   item items[S::STAGES];
   tile_note notes[S::STAGES];
-  item_runs rows[2];
+  item_runs rows[ROWS];
 };
 template <int D, int G> struct shared_memory {
   team_tiles<D, G> tiles[shape<D, G>::TEAMS];
@@ -140,11 +142,12 @@ static __device__ __forceinline__ halo__span lane_run(const arguments &a, int64_
 /* Rows of tickets go to the loader, with the first 32 runs of each, one a lane. */
 template <int D, int G>
 __device__ __forceinline__ void plan(const arguments &a, team_state<D, G> &s, int lane) {
-  ring_place<2> to;
+  ring_place<ROWS> to;
   const int n_items = a.n_units * a.n_blocks;
-  int ticket = take_ticket<shape<D, G>::TEAMS>(a, lane);
 #pragma unroll 1
   for (bool more = true; more;) {
+    barrier_wait(&s.row_free[to.index], to.parity ^ 1); // no ticket before it is wanted
+    const int ticket = take_ticket<shape<D, G>::TEAMS>(a, lane);
     more = ticket < n_items;
     item it = {-1, 0, 0, 0};
     int64_t begin = 0, end = 0;
@@ -153,7 +156,6 @@ __device__ __forceinline__ void plan(const arguments &a, team_state<D, G> &s, in
       const int section = ticket / (a.section * a.n_blocks), first = section * a.section;
       const int heads = min(a.section, a.n_units - first), rest = ticket - first * a.n_blocks;
       const int unit = first + rest % heads;
-      ticket = take_ticket<shape<D, G>::TEAMS>(a, lane);
       it.block = a.n_blocks - 1 - rest / heads;
       it.batch = unit / a.n_heads;
       it.head = unit - it.batch * a.n_heads;
@@ -170,7 +172,6 @@ __device__ __forceinline__ void plan(const arguments &a, team_state<D, G> &s, in
       if (n == 0 && a.o != nullptr) continue; // the running state stays as it is
     }
     const int position = run.partial ? a.position_k[(int64_t)run.first * G] : 0;
-    barrier_wait(&s.row_free[to.index], to.parity ^ 1);
     s.rows[to.index].run[lane] = run;
     s.rows[to.index].position[lane] = position;
     if (lane == 0) {
@@ -196,7 +197,7 @@ template <int D, int G> struct loader {
   team_tiles<D, G> &tiles;
   team_state<D, G> &s;
   const int lane;
-  ring_place<2> row;
+  ring_place<ROWS> row;
   ring_place<S::STAGES> q, k, v;
 
   __device__ __forceinline__ void load_k(int unit, int block, int partial, int position) {
@@ -805,7 +806,7 @@ __global__ void __launch_bounds__(shape<D, G>::THREADS, shape<D, G>::PER_SM)
   shared_memory<D, G> &all = *(shared_memory<D, G> *)memory;
   if (threadIdx.x < S::TEAMS) {
     team_state<D, G> &s = all.state[threadIdx.x];
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < ROWS; i++) {
       barrier_init(&s.row_full[i], WARP_ARRIVES);
       barrier_init(&s.row_free[i], WARP_ARRIVES);
     }
