@@ -22,6 +22,12 @@ static halo_status wanted_path(int *out) {
   return HALO_OK;
 }
 
+int64_t halo__attention_shared_bytes(void) {
+  const char *value = getenv("HALO_ATTENTION_SHARED");
+  const int64_t all = halo__cuda_device()->shared_bytes, asked = value != nullptr ? atoll(value) * 1024 : 0;
+  return asked > 0 && asked < all ? asked : all;
+}
+
 static bool fits(int path, const halo_attention_queries *a, bool is_backward) {
   if (path == HALO__ATTENTION_HOPPER) return is_backward ? halo__sm90_bwd_fits(a) : halo__sm90_fwd_fits(a);
   return path == HALO__ATTENTION_PORTABLE ? halo__portable_fits(a) : halo__general_fits(a);

@@ -41,6 +41,8 @@ bool halo__portable_fits(const halo_attention_queries *a);
 halo_status halo__portable_fwd(const halo_attention_queries *a, const halo_attention_tiles *keys,
                                const halo__attention_out *once);
 halo_status halo__portable_bwd(const halo_attention_queries *a, const halo_attention_tiles *keys);
+/* The least shared memory that backward needs. */
+int64_t halo__portable_bwd_shared(const halo_attention_queries *a);
 halo_status halo__portable_columns_fwd(const halo_attention_queries *a,
                                        const halo_attention_columns *keys);
 halo_status halo__portable_columns_bwd(const halo_attention_queries *a,
@@ -65,6 +67,10 @@ typedef enum halo__attention_path {
   HALO__ATTENTION_PORTABLE,
   HALO__ATTENTION_GENERAL
 } halo__attention_path;
+
+/* attention.cu. Shared memory that a block may have: the device's, or less if HALO_ATTENTION_SHARED says so (in
+ * KiB; for tests of what smaller devices get: 163 is sm_80, 99 sm_86 and 89). */
+int64_t halo__attention_shared_bytes(void);
 
 /* attention.cu: the family that serves forward or backward of `a`; HALO_EUNSUPPORTED when none does
  * or the one asked for does not. The same answer in every call of one pass: it depends on shapes,

@@ -321,11 +321,14 @@ __device__ __forceinline__ void fetch_queries(uint32_t to, const side &a, const 
 /* 64 rows of k and v from row `key` on. */
 template <int D>
 __device__ __forceinline__ void fetch_tile(uint32_t k, uint32_t v, const tiles &x, int64_t key) {
+  constexpr int ROWS = THREADS / (D / 8); // a turn of all threads; a multiple of 8, so that chunks stay in place
+  const uint32_t to = tile_at<D>(0, threadIdx.x / (D / 8), threadIdx.x % (D / 8));
+  const int64_t from = key * D + 8 * threadIdx.x;
+  const __nv_bfloat16 *from_k = x.k + from, *from_v = x.v + from;
 #pragma unroll
-  for (int i = 0; i < KEYS * (D / 8) / THREADS; i++) {
-    const int at = i * THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
-    copy16(tile_at<D>(k, r, c), x.k + (key + r) * D + 8 * c);
-    copy16(tile_at<D>(v, r, c), x.v + (key + r) * D + 8 * c);
+  for (int i = 0; i < KEYS / ROWS; i++) {
+    copy16(k + to + i * ROWS * D * 2, from_k + i * ROWS * D);
+    copy16(v + to + i * ROWS * D * 2, from_v + i * ROWS * D);
   }
 }
 
@@ -532,14 +535,13 @@ static bool is_aligned(const void *p, const int64_t *stride) {
 
 /* Bytes of shared memory: backward (dq is there) keeps more. Devices of sm_86 and 89 have 99 KB. */
 static int64_t shared_wanted(const halo_attention_queries *a) {
-  if (a->dq == nullptr) return shared_bytes((int)a->head_size, 128);
-  return (2 * 128 + 4 * 64) * a->head_size * 2 + 2 * 64 * 128 * 2 + 4 * 64 * 4; // key_shared
+  return a->dq == nullptr ? shared_bytes((int)a->head_size, 128) : halo__portable_bwd_shared(a);
 }
 
 bool halo__portable_fits(const halo_attention_queries *a) {
   return a->dtype == HALO_BF16 && (a->head_size == 64 || a->head_size == 128) &&
          (a->block == 64 || a->block == 128) && a->scale > 0 && halo__cuda_device()->major >= 8 &&
-         shared_wanted(a) <= halo__cuda_device()->shared_bytes &&
+         shared_wanted(a) <= halo__attention_shared_bytes() &&
          a->n_batch * a->n_heads * a->n_blocks < INT32_MAX && is_aligned(a->q, a->q_stride) &&
          (a->grad == nullptr || is_aligned(a->grad, a->grad_stride));
 }

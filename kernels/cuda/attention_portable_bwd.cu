@@ -8,7 +8,9 @@
  *           it walks together) and meets 64 queries at a time, head after head of its group: dk and dv stay
  *           in registers and nobody else adds to them. p and ds go through shared memory as bf16, since
  *           the products want them in other shapes: scores and dp are 32 x 32 a warp, dk and dv
- *           32 x D/2, dq 32 x D/4. dq is added to in memory, 16 bytes at a time on sm_90.
+ *           32 x D/2, dq 32 x D/4. 32 keys are a pair of warps' own up to dk and dv; only dq needs ds of
+ *           all, and where shared memory has room for ds of two steps (not on sm_80) half of the warps
+ *           make dq one step late, so that a scheduler's two warps do not do the same at the same time.
  *           Few keys leave multiprocessors idle: then the heads of a group are dealt to several CTAs,
  *           which add to zeroed dk, dv.
  * by query  a CTA of four warps owns 64 queries of one head and meets 64 keys at a time; p and ds stay in
@@ -236,22 +238,22 @@ __device__ __forceinline__ void pair_sync() {
   asm volatile("bar.sync %0, 64;" ::"r"(1 + (int)threadIdx.x / 64) : "memory");
 }
 
-/* Shared memory of a CTA that owns 128 keys and meets 64 queries a step, two steps' queries at hand. ds of
- * two steps: dq of one is made while the next one's scores are. */
-template <int D> struct room {
+/* Shared memory of a CTA that owns 128 keys and meets 64 queries a step, two steps' queries at hand, and ds of
+ * one step or of two: then dq of one is made while the next one's scores are. */
+template <int D, int STEPS> struct room {
   static constexpr int TILE = QUERIES * D * 2, SCORES = QUERIES * KEYS * 2;
   static constexpr int STAGE = 2 * TILE + 2 * QUERIES * 4; /* queries, gradients, lse, delta */
-  static constexpr int K = 0, V = KEYS * D * 2, P = 2 * KEYS * D * 2, DS = P + SCORES, STAGES = DS + 2 * SCORES;
-  static constexpr int BYTES = STAGES + 2 * STAGE;
+  static constexpr int K = 0, V = KEYS * D * 2, STAGES = 2 * KEYS * D * 2, P = STAGES + 2 * STAGE, DS = P + SCORES;
+  static constexpr int BYTES = DS + STEPS * SCORES;
 };
 
 /* What a lane reads and writes in every step. */
-template <int D> struct lanes {
+template <int D> struct lanes { /* the same for any STEPS: ds comes last */
   uint32_t q_rows, k_rows, p_put, p_columns, q_columns;
   const float *lse;
 
   __device__ __forceinline__ lanes(unsigned char *memory) {
-    typedef room<D> R;
+    typedef room<D, 1> R;
     const uint32_t base = shared_address(memory);
     const int warp = threadIdx.x / 32, row0 = warp % 2 * 32, col0 = warp / 2 * 32;
     q_rows = by_16<D>(base + R::STAGES, row0);
@@ -263,13 +265,13 @@ template <int D> struct lanes {
   }
 };
 
-/* One step of 32 keys by a pair of warps: scores of its keys and the stage's queries, p and ds, and what they
- * add to dk and dv. */
+/* One step of 32 keys by a pair of warps: scores of its keys and the stage's queries, p and the ds_at-th ds, and
+ * what they add to dk and dv; `between` comes before all of p and ds are there. */
 template <int D, class Seen, class Between>
 __device__ __forceinline__ void key_step(float (&dk)[2][D / 16][4], float (&dv)[2][D / 16][4],
-                                         const lanes<D> &at, int stage, float c, Seen &seen, Between between) {
-  typedef room<D> R;
-  const uint32_t from = stage * R::STAGE, ds = R::DS - R::P + stage * R::SCORES;
+                                         const lanes<D> &at, int stage, int ds_at, float c, Seen &seen, Between between) {
+  typedef room<D, 1> R;
+  const uint32_t from = stage * R::STAGE, ds = R::DS - R::P + ds_at * R::SCORES;
   const float *lse = at.lse + from / 4;
   float s[2][4][4], t[2][4][4];
   clear(s);
@@ -377,11 +379,11 @@ __device__ __forceinline__ void fetch_queries(uint32_t stage, const side &a, int
 #pragma unroll
   for (int i = 0; i < QUERIES / ROWS; i++) {
     copy16(to + i * ROWS * D * 2, q + i * ROWS * a.q_stride[1]);
-    copy16(to + i * ROWS * D * 2 + room<D>::TILE, grad + i * ROWS * a.grad_stride[1]);
+    copy16(to + i * ROWS * D * 2 + room<D, 1>::TILE, grad + i * ROWS * a.grad_stride[1]);
   }
   if (threadIdx.x < 32) {
     const float *from = threadIdx.x < 16 ? a.lse : a.delta;
-    copy16(stage + 2 * room<D>::TILE + threadIdx.x * 16, from + u * a.T + token + threadIdx.x % 16 * 4);
+    copy16(stage + 2 * room<D, 1>::TILE + threadIdx.x * 16, from + u * a.T + token + threadIdx.x % 16 * 4);
   }
 }
 
@@ -422,9 +424,10 @@ __device__ __forceinline__ void add_dq(const side &a, const item &it, uint32_t d
   }
 }
 
-template <int D, int G, bool HAS_DQ>
+/* STEPS: of how many steps ds is kept; 0: no dq is wanted. */
+template <int D, int G, int STEPS>
 __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
-  typedef room<D> R;
+  typedef room<D, 1> R;
   extern __shared__ __align__(256) unsigned char memory[];
   const uint32_t base = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -462,7 +465,7 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
   clear(dk);
   clear(dv);
   const int col0 = warp / 2 * 32, own = col0 / G; // of this warp's keys
-  const bool is_late = warp >= WARPS / 2;
+  const bool is_late = STEPS == 2 && warp >= WARPS / 2;
   const lanes<D> at(memory);
   const uint32_t ds_rows = by_16<KEYS>(base + R::DS, warp % 2 * 32);
   const uint32_t k_columns = by_16<D>(base + R::K, 0, warp / 2 * (D / 4));
@@ -471,16 +474,17 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
   // A multiprocessor's four schedulers have two warps each, one of them late: it makes dq of the step before
   // after its scores, so that products of one go on beside the exponentials of the other.
   const auto late_dq = [&] {
-    if (HAS_DQ && is_late && before.u >= 0) {
+    if (is_late && before.u >= 0) {
       add_dq<D, G>(a, before, ds_rows + (stage ^ 1) * R::SCORES, k_columns);
     }
   };
   for (; now.u >= 0; stage ^= 1) {
+    const int ds_at = STEPS == 2 ? stage : 0;
     if (G == KEYS || now.sees(own)) {
       const bool is_partial = now.is_partial(own);
       by_position seen = {a, batch, now.token() + warp % 2 * 32 + lane / 4,
                           is_partial ? x.position[key0 + col0] + lane % 4 * 2 : 0, is_partial};
-      key_step<D>(dk, dv, at, stage, a.scale * LOG2_E, seen, late_dq);
+      key_step<D>(dk, dv, at, stage, ds_at, a.scale * LOG2_E, seen, late_dq);
     } else {
       late_dq();
     }
@@ -489,7 +493,8 @@ __global__ void __launch_bounds__(THREADS, 1) key_backward(side a, keys x) {
     const item then = next.u >= 0 ? walks.next(a, x) : next;
     if (then.u >= 0) fetch_queries<D>(base + R::STAGES + stage * R::STAGE, a, batch, then.u, then.token());
     copies_commit();
-    if (HAS_DQ && !is_late) add_dq<D, G>(a, now, ds_rows + stage * R::SCORES, k_columns);
+    if (STEPS > 0 && !is_late) add_dq<D, G>(a, now, ds_rows + ds_at * R::SCORES, k_columns);
+    if (STEPS == 1) __syncthreads(); // ds is read
     before = now;
     now = next;
     next = then;
@@ -721,7 +726,7 @@ __device__ __forceinline__ int32_t least_of(const int32_t *wanted) {
 /* dk and dv of 128 columns of one head, rows slot_offset[u] + column of x.dk and x.dv. A thread of the first
  * 128 keeps one column's list; the CTA goes from tile to tile that any of them sees. */
 template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(side a, keys x, int32_t G) {
-  typedef room<D> R;
+  typedef room<D, 1> R;
   extern __shared__ __align__(256) unsigned char memory[];
   __shared__ int32_t token[2][KEYS], wanted[2][KEYS / 32];
   const uint32_t base = shared_address(memory);
@@ -775,7 +780,7 @@ template <int D> __global__ void __launch_bounds__(THREADS, 1) column_backward(s
       by_token seen = {a, batch, (int64_t)now * QUERIES + warp % 2 * 32 + lane / 4};
 #pragma unroll
       for (int n = 0; n < 4; n++) seen.at[n] = *(const int2 *)&token[stage][col0 + 8 * n + lane % 4 * 2];
-      key_step<D>(dk, dv, at, stage, a.scale * LOG2_E, seen, [] {});
+      key_step<D>(dk, dv, at, stage, 0, a.scale * LOG2_E, seen, [] {});
     }
     now = next;
   }
@@ -829,13 +834,17 @@ halo_status run_tiles(const halo_attention_queries *a, const halo_attention_tile
     HALO_TRY(halo_cuda_zero(t->dv, bytes));
   }
   const keys x = keys_of(t, t->by_key, parts);
-  if (!a->deterministic) {
-    return launch("attention_portable backward", key_backward<D, G, true>, tiles * parts, THREADS,
-                  room<D>::BYTES, s, x);
+  if (a->deterministic) {
+    HALO_TRY(launch("attention_portable backward dk dv", key_backward<D, G, 0>, tiles * parts, THREADS,
+                    room<D, 1>::BYTES, s, x));
+    return run_queries<D>(s, keys_of(t, t->by_query, 1), G);
   }
-  HALO_TRY(launch("attention_portable backward dk dv", key_backward<D, G, false>, tiles * parts, THREADS,
-                  room<D>::BYTES, s, x));
-  return run_queries<D>(s, keys_of(t, t->by_query, 1), G);
+  if (room<D, 2>::BYTES <= halo__attention_shared_bytes()) {
+    return launch("attention_portable backward", key_backward<D, G, 2>, tiles * parts, THREADS,
+                  room<D, 2>::BYTES, s, x);
+  }
+  return launch("attention_portable backward", key_backward<D, G, 1>, tiles * parts, THREADS,
+                room<D, 1>::BYTES, s, x);
 }
 
 keys columns_of(const halo_attention_columns *c, const halo__rows *rows, float *dk, float *dv) {
@@ -851,7 +860,7 @@ halo_status run_fixed_columns(const halo_attention_queries *a, const halo_attent
   HALO_TRY(halo__alloc((void **)&part, 2 * c->n_slots * D * (int64_t)sizeof *part, HALO_CUDA));
   const keys x = columns_of(c, c->by_column, part, part + c->n_slots * D);
   halo_status status = launch("attention_portable backward by column", column_backward<D>,
-                              (most + KEYS - 1) / KEYS * s.B * s.H, THREADS, room<D>::BYTES, s, x,
+                              (most + KEYS - 1) / KEYS * s.B * s.H, THREADS, room<D, 1>::BYTES, s, x,
                               (int32_t)a->block);
   for (int32_t j = 0; status == HALO_OK && j < s.H / s.Hk; j++) {
     status = launch("attention_portable columns added", add_columns<D>, (int64_t)s.B * s.Hk * 64, 256, 0, s, x,
@@ -863,6 +872,10 @@ halo_status run_fixed_columns(const halo_attention_queries *a, const halo_attent
 }
 
 } // namespace
+
+int64_t halo__portable_bwd_shared(const halo_attention_queries *a) {
+  return a->head_size == 128 ? room<128, 1>::BYTES : room<64, 1>::BYTES;
+}
 
 halo_status halo__portable_bwd(const halo_attention_queries *a, const halo_attention_tiles *keys) {
   if (a->block == 128) {
