@@ -463,6 +463,14 @@ static void check_repeats(const char *family, const setting *s, int32_t rank, co
   }
 }
 
+/* "hopper" stands for the device's own choice, "small" for the portable kernels where a block may have as little
+ * shared memory as on sm_86. */
+static void use_family(const char *family) {
+  const bool is_small = strcmp(family, "small") == 0;
+  setenv("HALO_ATTENTION_SHARED", is_small ? "99" : "0", 1);
+  setenv("HALO_ATTENTION", is_small ? "portable" : strcmp(family, "hopper") == 0 ? "auto" : family, 1);
+}
+
 static void check_case(const test_case *whole, const char *family, halo_dtype t, int32_t deterministic) {
   test_case c = *whole;
   static int64_t n_cases;
@@ -476,9 +484,8 @@ static void check_case(const test_case *whole, const char *family, halo_dtype t,
   setting s = open_setting(&c);
   if (serves(&s, family, t)) {
     for (int32_t rank = 0; rank < c.W; rank++) {
-      unsetenv("HALO_ATTENTION");
       results want = run(&s, HALO_CPU, HALO_F64, rank, 0);
-      if (strcmp(family, "hopper") != 0) setenv("HALO_ATTENTION", family, 1);
+      use_family(family);
       results got = run(&s, HALO_CUDA, t, rank, deterministic);
       compare(family, &s, t, rank, &got, &want);
       for (int i = 0; deterministic && i < 3; i++) {
@@ -490,15 +497,15 @@ static void check_case(const test_case *whole, const char *family, halo_dtype t,
       free_results(&want);
     }
   }
-  unsetenv("HALO_ATTENTION");
+  use_family("hopper");
   close_setting(&s);
 }
 
-/* "hopper" stands for the device's own choice. */
 static void twins(void) {
   static const char *const families[] = {"general", "portable", "hopper"};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     for (int f = 0; f < 3; f++) check_case(&cases[i], families[f], HALO_BF16, 0);
+    if (cases[i].D == 128) check_case(&cases[i], "small", HALO_BF16, 0);
     if (i % 3 == 0) check_case(&cases[i], "general", HALO_F32, 0);
   }
 }
@@ -514,6 +521,7 @@ static void odd_sizes(void) {
 static void repeats(void) {
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     check_case(&cases[i], "portable", HALO_BF16, 1);
+    if (cases[i].D == 128) check_case(&cases[i], "small", HALO_BF16, 1);
     check_case(&cases[i], "hopper", HALO_BF16, 1);
   }
   check_case(&cases[5], "general", HALO_BF16, 1);
@@ -586,7 +594,7 @@ static void no_worse_than_plain(void) {
     results want = run(&s, HALO_CPU, HALO_F64, 0, 0);
     const double *truth[4] = {want.x[OUT], want.x[DQ], want.x[DKV], want.x[DKV] + s.n_k};
     for (int f = 0; f < 3; f++) {
-      if (f > 0) setenv("HALO_ATTENTION", families[f], 1); // 0: the device's own choice
+      use_family(families[f]);
       results got = run(&s, HALO_CUDA, HALO_BF16, 0, 0);
       const double *have[4] = {got.x[ONCE], got.x[DQ], got.x[DKV], got.x[DKV] + s.n_k};
       for (int i = 0; i < 4; i++) {
@@ -598,7 +606,7 @@ static void no_worse_than_plain(void) {
       }
       free_results(&got);
     }
-    unsetenv("HALO_ATTENTION");
+    use_family("hopper");
     free_results(&want);
     for (int i = 0; i < 4; i++) free(x[i]);
     close_setting(&s);
