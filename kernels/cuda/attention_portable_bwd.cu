@@ -141,9 +141,10 @@ __device__ __forceinline__ void pair_sync() {
   asm volatile("bar.sync %0, 64;" ::"r"(1 + (int)threadIdx.x / 64) : "memory");
 }
 
-/* The pair has nothing to do in this step. Where one pair passes a barrier less than the others, racecheck reports
- * reads before the barrier of all against writes after it, and nothing once every pair passes as many (seen); so
- * built for it this pair passes one, too. */
+/* The pair has nothing to do in this step. Once a pair has passed a barrier less than others, racecheck reports
+ * what those read between their own barrier and that of all against the writes after that of all, and nothing when
+ * every pair passes as many; two kernels of twenty lines do not show it, and the barrier of all orders both either
+ * way. So built for racecheck this pair passes one, too. */
 __device__ __forceinline__ void pair_rests() {
 #ifdef HALO_RACECHECK
   pair_sync();
