@@ -22,10 +22,22 @@ static halo_status wanted_path(int *out) {
   return HALO_OK;
 }
 
-int64_t halo__attention_shared_bytes(void) {
+/* HALO_ATTENTION_SHARED in bytes, 0 for none; false: not a number. */
+static bool wanted_shared(int64_t *out) {
   const char *value = getenv("HALO_ATTENTION_SHARED");
-  const int64_t all = halo__cuda_device()->shared_bytes, asked = value != nullptr ? atoll(value) * 1024 : 0;
-  return asked > 0 && asked < all ? asked : all;
+  char *end = nullptr;
+  *out = 0;
+  if (value == nullptr || *value == 0) return true;
+  const long long kib = strtoll(value, &end, 10);
+  if (*end != 0 || kib < 0 || kib > 1 << 20) return false;
+  *out = kib * 1024;
+  return true;
+}
+
+int64_t halo__attention_shared_bytes(void) {
+  int64_t asked;
+  const int64_t all = halo__cuda_device()->shared_bytes;
+  return wanted_shared(&asked) && asked > 0 && asked < all ? asked : all;
 }
 
 static bool fits(int path, const halo_attention_queries *a, bool is_backward) {
@@ -36,7 +48,11 @@ static bool fits(int path, const halo_attention_queries *a, bool is_backward) {
 halo_status halo__attention_choose(halo__attention_path *out, const halo_attention_queries *a,
                                    bool is_backward) {
   int wanted;
+  int64_t shared;
   HALO_TRY(wanted_path(&wanted));
+  HALO_CHECK(wanted_shared(&shared), HALO_EARG,
+             "HALO_ATTENTION_SHARED is %s; it is a whole number of KiB a block, 0 for what the device has",
+             getenv("HALO_ATTENTION_SHARED"));
   for (int path = 0; path < 3; path++) {
     if (wanted >= 0 && wanted != path) continue;
     if (!fits(path, a, is_backward)) continue;

@@ -189,6 +189,19 @@ static void test_twins(const char *family) {
   }
 }
 
+/* Words of the environment that mean nothing are told, not passed over. */
+static void test_words(void) {
+  setting s = open_setting(&cases[0]);
+  const char *const words[][2] = {{"HALO_ATTENTION", "fast"}, {"HALO_ATTENTION_SHARED", "much"}};
+  for (int i = 0; i < 2; i++) {
+    setenv(words[i][0], words[i][1], 1);
+    CHECK(cuda->attention_tiles_fwd(&s.device, &s.device_keys) == HALO_EARG);
+    CHECK(strstr(halo_error_message(), words[i][1]) != NULL);
+    unsetenv(words[i][0]);
+  }
+  close_setting(&s);
+}
+
 int main(void) {
   if (halo_device_count(HALO_CUDA) == 0) {
     printf("1 pending: no CUDA device\n");
@@ -205,6 +218,7 @@ int main(void) {
     fprintf(stderr, "%s, shared memory %s\n", runs[i].family, runs[i].shared);
     test_twins(runs[i].family);
   }
+  test_words();
   return check_report();
 }
 
