@@ -188,6 +188,20 @@ topics = {
     for _, row in ipairs(list) do lines[#lines + 1] = ("  %3d  %s: %s"):format(row[1], row[2], words[row[2]]) end
     return table.concat(lines, "\n")
   end,
+  environment = function()
+    return [[environment: variables that change what Halo does
+  HALO_CACHE             folder of packed text (else halo/ in XDG_CACHE_HOME or ~/.cache)
+  HALO_HISTORY           file of the prompt's history; empty: none
+  HALO_LIB, HALO_LUA     libhalo.so and the folder of the Lua files, where they are not found beside the program
+  HALO_TF32=1            fp32 products of a GPU may round their operands to tf32
+  HALO_MATH_FIXED=1      products by the library's first choice, not the fastest in a race: equal bits in every run
+  HALO_DEBUG_SYNC=1      wait after every op of a GPU, so that an error names the op that made it
+  HALO_ATTENTION         kernels of a GPU's attention: auto, hopper, portable or general
+  HALO_ATTENTION_SHARED  KiB of shared memory they may take a block: what a smaller GPU would get (99: sm_86, sm_89)
+  HALO_WORLD             ranks that must have come together, where Open MPI, MPICH or Slurm did not start them
+  OMP_NUM_THREADS        threads of each rank
+  NO_COLOR, FORCE_COLOR  never, always colour]]
+  end,
   overrides = function()
     return [[overrides: halo run RECIPE name=value ...
   A name is a path through the recipe: optim.lr, stages.2.tokens, model.rope, every.100.layers.

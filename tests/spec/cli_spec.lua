@@ -119,6 +119,22 @@ describe("halo", function()
     has("matmul", select(2, run { "help", "matmul" }))
     has("75", select(2, run { "help", "exit-codes" }))
   end)
+
+  it("names every variable that is for users", function()
+    local internal = { HALO_TTY = true, HALO_REPL_TTY = true, HALO_SHADOW_BYTES = true }
+    local text = select(2, run { "help", "environment" })
+    local found = 0
+    local reads = assert(io.popen("grep -rhE 'getenv|is_set' --include='*.c' --include='*.cu' --include='*.lua' "
+      .. "core kernels lua", "r"))
+    for line in reads:lines() do
+      for name in line:gmatch '"(HALO_[A-Z0-9_]+)"' do
+        found = found + 1
+        assert(internal[name] or text:find(name, 1, true), name .. " is read, but not in `halo help environment`")
+      end
+    end
+    reads:close()
+    assert.is_true(found >= 9)
+  end)
 end)
 
 describe("halo check", function()
