@@ -332,18 +332,6 @@ __device__ __forceinline__ void fetch_tile(uint32_t k, uint32_t v, const tiles &
   }
 }
 
-template <int D>
-__device__ __forceinline__ void fetch_rows(uint32_t k, uint32_t v, const tiles &x, const int32_t *rows,
-                                           int n) {
-#pragma unroll
-  for (int i = 0; i < KEYS * (D / 8) / THREADS; i++) {
-    const int at = i * THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
-    const int64_t key = r < n ? rows[r] : 0;
-    copy16(tile_at<D>(k, r, c), x.k + key * D + 8 * c, r < n);
-    copy16(tile_at<D>(v, r, c), x.v + key * D + 8 * c, r < n);
-  }
-}
-
 constexpr int shared_bytes(int D, int rows) { return (rows + 4 * KEYS) * D * 2; }
 
 /* Next 64 keys of the lists of one block of 128, or of a pair of 64: G / 64 items a tile. */
@@ -489,7 +477,7 @@ template <int D, int G> __global__ void __launch_bounds__(THREADS, 2) columns_fo
   int next = w.next(x, slots, tokens, rows[1], positions[1], &next_partial);
   __syncthreads();
   fetch_queries<D, G>(q, a, at);
-  fetch_rows<D>(stage0, stage0 + TILE, x, rows[0], n);
+  fetch_listed<D, THREADS>(stage0, stage0 + TILE, x.k, x.v, rows[0], n);
   copies_commit();
   state<D, MT> mine;
   open_state<D, MT>(&mine, a, at, row);
@@ -500,7 +488,7 @@ template <int D, int G> __global__ void __launch_bounds__(THREADS, 2) columns_fo
     const int next_slot = slot == 2 ? 0 : slot + 1, then_slot = next_slot == 2 ? 0 : next_slot + 1;
     if (next > 0) {
       const uint32_t to = stage0 + (stage ^ 1) * 2 * TILE;
-      fetch_rows<D>(to, to + TILE, x, rows[next_slot], next);
+      fetch_listed<D, THREADS>(to, to + TILE, x.k, x.v, rows[next_slot], next);
     }
     copies_commit();
     const int then = w.next(x, slots, tokens, rows[then_slot], positions[then_slot], &then_partial);

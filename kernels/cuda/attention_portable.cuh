@@ -63,6 +63,19 @@ __device__ __forceinline__ walk walk_of(const int64_t *offset, const halo__span 
   return w;
 }
 
+/* The listed rows of k and v to a tile of 64 each; zeros from n on. */
+template <int D, int THREADS, class Index>
+__device__ __forceinline__ void fetch_listed(uint32_t to_k, uint32_t to_v, const __nv_bfloat16 *k, const __nv_bfloat16 *v,
+                                             const Index *rows, int n) {
+#pragma unroll
+  for (int i = 0; i < 64 * (D / 8) / THREADS; i++) {
+    const int at = i * THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
+    const int64_t row = r < n ? rows[r] : 0;
+    mma::copy16(mma::tile_at<D>(to_k, r, c), k + row * D + 8 * c, r < n);
+    mma::copy16(mma::tile_at<D>(to_v, r, c), v + row * D + 8 * c, r < n);
+  }
+}
+
 /* A row of tasks that starts with the largest, neighbours sharing keys: heads fastest. */
 template <class Kernel, class... Args>
 halo_status launch(const char *name, Kernel kernel, int64_t blocks, int threads, int shared, Args... args) {

@@ -70,18 +70,6 @@ struct key_walk {
   }
 };
 
-template <int D>
-__device__ __forceinline__ void fetch_keys(uint32_t k, uint32_t v, const keys &x, const int64_t *rows,
-                                           int n) {
-#pragma unroll
-  for (int i = 0; i < TOGETHER * (D / 8) / Q_THREADS; i++) {
-    const int at = i * Q_THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
-    const int64_t key = r < n ? rows[r] : 0;
-    copy16(tile_at<D>(k, r, c), x.k + key * D + 8 * c, r < n);
-    copy16(tile_at<D>(v, r, c), x.v + key * D + 8 * c, r < n);
-  }
-}
-
 template <int D, int STAGES> constexpr int shared_bytes() {
   return (2 * QUERIES + STAGES * 2 * TOGETHER) * D * 2 + QUERIES * TOGETHER * 2;
 }
@@ -101,6 +89,99 @@ __device__ __forceinline__ void scatter(float *dx, const int64_t *rows, int n, u
     for (int i = 0; i < 8; i++) {
       add_fragment(low != nullptr ? low + part + 8 * i : nullptr,
                    high != nullptr ? high + part + 8 * i : nullptr, d[0][i], factor);
+    }
+  }
+}
+
+/* Queries and gradients of the CTA. */
+template <int D>
+__device__ __forceinline__ void fetch_queries(uint32_t q, uint32_t grad, const side &a, int batch, int head,
+                                              int64_t token) {
+  const bf16 *from = a.q + batch * a.q_stride[0] + token * a.q_stride[1] + head * a.q_stride[2];
+  const bf16 *from_grad =
+      a.grad + batch * a.grad_stride[0] + token * a.grad_stride[1] + head * a.grad_stride[2];
+#pragma unroll
+  for (int i = 0; i < QUERIES * (D / 8) / Q_THREADS; i++) {
+    const int at = i * Q_THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
+    copy16(tile_at<D>(q, r, c), from + r * a.q_stride[1] + 8 * c);
+    copy16(tile_at<D>(grad, r, c), from_grad + r * a.grad_stride[1] + 8 * c);
+  }
+}
+
+/* A lane's two rows, eight apart. */
+struct query_rows {
+  float lse[2], delta[2];     /* lse in base 2 */
+  int32_t first[2], last[2];  /* positions they see */
+
+  __device__ __forceinline__ query_rows(const side &a, int batch, int u, int64_t row0) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int64_t row = row0 + 8 * h;
+      lse[h] = base2(a.lse[u * a.T + row]);
+      delta[h] = a.delta[u * a.T + row];
+      first[h] = a.first[batch * a.first_stride + row];
+      last[h] = a.position[row];
+    }
+  }
+};
+
+/* Scores s become p, products dp become ds = p (dp - delta), for n keys at `positions`. */
+__device__ __forceinline__ void scores_to_ds(float (&s)[8][4], float (&dp)[8][4], const query_rows &rows, float c,
+                                             const int32_t *positions, int n, bool is_masked) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int key = 8 * i + threadIdx.x % 4 * 2 + e % 2, h = e / 2;
+      float p = exp2_fast(fmaf(s[i][e], c, -rows.lse[h]));
+      if (is_masked) {
+        const bool sees = key < n && rows.first[h] <= positions[key] && positions[key] <= rows.last[h];
+        p = sees ? p : 0;
+      }
+      s[i][e] = p;
+      dp[i][e] = p * (dp[i][e] - rows.delta[h]);
+    }
+  }
+}
+
+/* dq += ds k; ds as it lies in registers is an operand. */
+template <int D>
+__device__ __forceinline__ void add_ds_k(float (&dq)[D / 8][4], const float (&ds)[8][4], uint32_t k) {
+#pragma unroll
+  for (int key = 0; key < TOGETHER; key += 16) {
+    const float(&left)[4] = ds[key / 8], (&right)[4] = ds[key / 8 + 1];
+    const uint32_t x[4] = {pack2(left[0], left[1]), pack2(left[2], left[3]), pack2(right[0], right[1]),
+                           pack2(right[2], right[3])};
+#pragma unroll
+    for (int m = 0; m < D / 8; m += 2) {
+      uint32_t y[4];
+      columns_b<D>(y, by_16<D>(k), key, 8 * m);
+      multiply(dq[m], x, y[0], y[1]);
+      multiply(dq[m + 1], x, y[2], y[3]);
+    }
+  }
+}
+
+/* A warp's 16 rows of p or ds to shared memory as bf16. */
+__device__ __forceinline__ void put_scores(uint32_t tile, const float (&s)[8][4], int row0) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    put2<TOGETHER>(by_sum<TOGETHER>(tile, row0), i % 2 * 8, i / 2 * 8, s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1]);
+  }
+}
+
+/* Rows `row` and eight further of a.dq; nobody else has them. */
+template <int D>
+__device__ __forceinline__ void add_dq(const side &a, const float (&dq)[D / 8][4], int64_t row) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float *to = a.dq + (row + 8 * h) * D + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      float2 y = *(float2 *)(to + 8 * i);
+      y.x += dq[i][2 * h] * a.scale;
+      y.y += dq[i][2 * h + 1] * a.scale;
+      *(float2 *)(to + 8 * i) = y;
     }
   }
 }
@@ -127,27 +208,10 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
   int n = w.next(x, slots, tokens, kv_row, unit, rows[0], positions[0], &is_partial);
   int next = w.next(x, slots, tokens, kv_row, unit, rows[1], positions[1], &next_partial);
   __syncthreads();
-  const bf16 *from = a.q + batch * a.q_stride[0] + token * a.q_stride[1] + head * a.q_stride[2];
-  const bf16 *from_grad =
-      a.grad + batch * a.grad_stride[0] + token * a.grad_stride[1] + head * a.grad_stride[2];
-#pragma unroll
-  for (int i = 0; i < QUERIES * (D / 8) / Q_THREADS; i++) {
-    const int at = i * Q_THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);
-    copy16(tile_at<D>(q, r, c), from + r * a.q_stride[1] + 8 * c);
-    copy16(tile_at<D>(grad, r, c), from_grad + r * a.grad_stride[1] + 8 * c);
-  }
-  fetch_keys<D>(stage0, stage0 + TILE, x, rows[0], n);
+  fetch_queries<D>(q, grad, a, batch, head, token);
+  fetch_listed<D, Q_THREADS>(stage0, stage0 + TILE, x.k, x.v, rows[0], n);
   copies_commit();
-  float lse[2], delta[2];
-  int32_t first[2], last[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int64_t row = token + row0 + 8 * h + lane / 4;
-    lse[h] = base2(a.lse[u * a.T + row]);
-    delta[h] = a.delta[u * a.T + row];
-    first[h] = a.first[batch * a.first_stride + row];
-    last[h] = a.position[row];
-  }
+  const query_rows mine(a, batch, u, token + row0 + lane / 4);
   float dq[1][D / 8][4];
   clear(dq);
   const float c = a.scale * LOG2_E;
@@ -157,7 +221,7 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
     const int next_slot = slot == 2 ? 0 : slot + 1, then_slot = next_slot == 2 ? 0 : next_slot + 1;
     const auto fetch_next = [&](int to_stage) {
       const uint32_t to = stage0 + to_stage * 2 * TILE;
-      if (next > 0) fetch_keys<D>(to, to + TILE, x, rows[next_slot], next);
+      if (next > 0) fetch_listed<D, Q_THREADS>(to, to + TILE, x.k, x.v, rows[next_slot], next);
       copies_commit();
     };
     if (STAGES == 2) fetch_next(stage ^ 1);
@@ -169,47 +233,14 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
     clear(t);
     multiply_rows<D>(s, by_16<D>(q, row0), by_8<D>(k));
     multiply_rows<D>(t, by_16<D>(grad, row0), by_8<D>(v));
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int key = 8 * i + lane % 4 * 2 + e % 2, h = e / 2;
-        float y = exp2_fast(fmaf(s[0][i][e], c, -lse[h]));
-        if (is_partial || n < TOGETHER) {
-          const bool sees = key < n && first[h] <= positions[slot][key] && positions[slot][key] <= last[h];
-          y = sees ? y : 0;
-        }
-        s[0][i][e] = y;
-        t[0][i][e] = y * (t[0][i][e] - delta[h]);
-      }
-    }
-#pragma unroll
-    for (int key = 0; key < TOGETHER; key += 16) {
-      const float(&left)[4] = t[0][key / 8], (&right)[4] = t[0][key / 8 + 1];
-      const uint32_t b[4] = {pack2(left[0], left[1]), pack2(left[2], left[3]), pack2(right[0], right[1]),
-                             pack2(right[2], right[3])};
-#pragma unroll
-      for (int m = 0; m < D / 8; m += 2) {
-        uint32_t y[4];
-        columns_b<D>(y, by_16<D>(k), key, 8 * m);
-        multiply(dq[0][m], b, y[0], y[1]);
-        multiply(dq[0][m + 1], b, y[2], y[3]);
-      }
-    }
+    scores_to_ds(s[0], t[0], mine, c, positions[slot], n, is_partial || n < TOGETHER);
+    add_ds_k<D>(dq[0], t[0], k);
     if (HAS_COLUMNS && x.dk != nullptr) { // one tile serves p and then ds
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        put2<TOGETHER>(by_sum<TOGETHER>(ds, row0), i % 2 * 8, i / 2 * 8, s[0][i / 2][i % 2 * 2],
-                       s[0][i / 2][i % 2 * 2 + 1]);
-      }
+      put_scores(ds, s[0], row0);
       __syncthreads();
       scatter<D>(x.dv, rows[slot], n, ds, grad, 1);
       __syncthreads();
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        put2<TOGETHER>(by_sum<TOGETHER>(ds, row0), i % 2 * 8, i / 2 * 8, t[0][i / 2][i % 2 * 2],
-                       t[0][i / 2][i % 2 * 2 + 1]);
-      }
+      put_scores(ds, t[0], row0);
       __syncthreads();
       scatter<D>(x.dk, rows[slot], n, ds, q, a.scale);
     }
@@ -222,17 +253,7 @@ __global__ void __launch_bounds__(Q_THREADS, 2) query_backward(side a, keys x, i
     is_partial = next_partial;
     next_partial = then_partial;
   }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float *to = a.dq + (u * a.T + token + row0 + 8 * h + lane / 4) * D + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-      float2 y = *(float2 *)(to + 8 * i);
-      y.x += dq[0][i][2 * h] * a.scale;
-      y.y += dq[0][i][2 * h + 1] * a.scale;
-      *(float2 *)(to + 8 * i) = y;
-    }
-  }
+  add_dq<D>(a, dq[0], u * a.T + token + row0 + lane / 4);
 }
 
 template <int D, int STAGES> halo_status run(const side &s, const keys &x, int32_t G) {
