@@ -65,8 +65,8 @@ __device__ __forceinline__ walk walk_of(const int64_t *offset, const halo__span 
 
 /* The listed rows of k and v to a tile of 64 each; zeros from n on. */
 template <int D, int THREADS, class Index>
-__device__ __forceinline__ void fetch_listed(uint32_t to_k, uint32_t to_v, const __nv_bfloat16 *k, const __nv_bfloat16 *v,
-                                             const Index *rows, int n) {
+__device__ __forceinline__ void fetch_listed(uint32_t to_k, uint32_t to_v, const __nv_bfloat16 *k,
+                                             const __nv_bfloat16 *v, const Index *rows, int n) {
 #pragma unroll
   for (int i = 0; i < 64 * (D / 8) / THREADS; i++) {
     const int at = i * THREADS + threadIdx.x, r = at / (D / 8), c = at % (D / 8);

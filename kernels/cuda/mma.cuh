@@ -74,6 +74,7 @@ template <int D> __device__ __forceinline__ uint32_t by_sum(uint32_t base, int r
   const int t = threadIdx.x % 32;
   return (base + row * D * 2 + t / 4 * (D * 2 + 16) + t % 4 * 4) ^ column * 2;
 }
+/* An element (row, column) further than a lane's place. */
 template <int D> __device__ __forceinline__ uint32_t from_there(uint32_t at, int row, int column) {
   return (at ^ column * 2) + row * D * 2;
 }
